@@ -1,0 +1,185 @@
+"""The graph over all images and texts of a batch: who is connected, and how relevant (paper, section 3.3)."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hrem_layers._checks import check_bool, check_choice, check_int, check_number, check_tensor
+from hrem_layers.alignment import MODES, align_fragments
+from hrem_layers.masked import compute_dtype, cosine_matrix, l2_normalize
+from hrem_layers.relation_graph import RelationGraph
+
+
+class AssociationGraph(nn.Module):
+    r"""Connection A and relevance S among the 2N nodes of a batch, images first.
+
+    - **Connection.** Each row keeps, in each of its two blocks, its :math:`k = \max(1, \lfloor N\rho\rfloor)`
+      nearest nodes (ρ = ``neighbor_ratio``) and all that tie with the k-th: within a modality by the cosine
+      of the embeddings, across modalities by the mean alignment p. No gradient flows through A.
+    - **Relevance within a modality**: :math:`S_{ij} = \exp(-\lVert x_i - x_j\rVert / \sigma)` on
+      L2-normalised embeddings.
+    - **Relevance across modalities**: :math:`S = \mathrm{MLP}(q) + p`, an MLP a direction, Linear(topk, topk),
+      ReLU, Linear(topk, 1). p and q: :func:`hrem_layers.align_fragments`.
+
+    How this differs from the paper and the release: the paper squares the distance
+    (``squared_distance=True``) and aligns by the dot product (``alignment="dot"``); the defaults are the
+    release's. Padded fragments are left out (in the release they change p and S), texts with fewer words than
+    ``topk`` work (there they crash), and so does a batch of 1.
+
+    Args:
+        topk: how many alignment values describe a pair, at least 1.
+        neighbor_ratio: ρ, the share of the N nodes of a block to which a node is connected, in (0, 1].
+        sigma: σ > 0, in units of the distance (of its square with ``squared_distance``).
+        squared_distance: use :math:`\lVert x_i - x_j\rVert^2`, as the paper does.
+        alignment: ``"scan"``, ``"cosine"`` or ``"dot"``.
+        detach_fragments: no gradient from p and q to the fragments. False costs two more products of all
+            words by all regions, in memory that stays bounded.
+        chunk_size: image-text pairs aligned at one time; see :func:`hrem_layers.align_fragments`.
+    """
+
+    def __init__(
+        self,
+        *,
+        topk: int = 10,
+        neighbor_ratio: float = 0.5,
+        sigma: float = 1.0,
+        squared_distance: bool = False,
+        alignment: str = "scan",
+        detach_fragments: bool = True,
+        chunk_size: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.topk = check_int("topk", topk, minimum=1)
+        self.neighbor_ratio = check_number("neighbor_ratio", neighbor_ratio, above=0, maximum=1)
+        self.sigma = check_number("sigma", sigma, above=0)
+        self.squared_distance = check_bool("squared_distance", squared_distance)
+        self.alignment = check_choice("alignment", alignment, MODES)
+        self.detach_fragments = check_bool("detach_fragments", detach_fragments)
+        self.chunk_size = None if chunk_size is None else check_int("chunk_size", chunk_size, minimum=1)
+        self.mlp_i2t = _relevance_mlp(topk)
+        self.mlp_t2i = _relevance_mlp(topk)
+
+    def extra_repr(self) -> str:
+        return (
+            f"topk={self.topk}, neighbor_ratio={self.neighbor_ratio}, sigma={self.sigma}, "
+            f"squared_distance={self.squared_distance}, alignment={self.alignment!r}, "
+            f"detach_fragments={self.detach_fragments}, chunk_size={self.chunk_size}"
+        )
+
+    def forward(
+        self,
+        image_embedding: Tensor,
+        text_embedding: Tensor,
+        image_fragments: Tensor,
+        text_fragments: Tensor,
+        image_mask: Tensor | None = None,
+        text_mask: Tensor | None = None,
+    ) -> RelationGraph:
+        """
+        Args:
+            image_embedding, text_embedding: (N, D); row i of both belongs together. Normalised here.
+            image_fragments: (N, R, F) regions, R at least 1.
+            text_fragments: (N, W, F) words, W at least 1.
+            image_mask: (N, R) bool, True = real; None = all real.
+            text_mask: (N, W) likewise.
+
+        Returns:
+            RelationGraph of connection (2N, 2N) bool and relevance (2N, 2N) in the dtype of the embeddings
+            (under autocast float32).
+
+        Raises:
+            TypeError, ValueError: an argument has the wrong type, dtype, shape or device.
+        """
+        check_tensor("image_embedding", image_embedding, ("N", "D"))
+        n, d = image_embedding.shape
+        device = image_embedding.device
+        check_tensor("text_embedding", text_embedding, (n, d), device=device)
+        check_tensor("image_fragments", image_fragments, (n, "R", "F"), device=device)
+        check_tensor("text_fragments", text_fragments, (n, "W", image_fragments.shape[2]), device=device)
+        if n < 1:
+            raise ValueError("image_embedding must hold at least 1 item, got an empty batch")
+
+        if self.detach_fragments:
+            image_fragments, text_fragments = image_fragments.detach(), text_fragments.detach()
+        aligned = align_fragments(
+            image_fragments, text_fragments, image_mask, text_mask,
+            topk=self.topk, mode=self.alignment, chunk_size=self.chunk_size,
+        )  # fmt: skip
+        images, texts = (_normalize_wide(x) for x in (image_embedding, text_embedding))
+        k = _neighbors(n, self.neighbor_ratio)
+        connection = torch.cat(
+            [
+                torch.cat([nearest(cosine_matrix(images, images), k), nearest(aligned.mean_i2t, k)], dim=1),
+                torch.cat([nearest(aligned.mean_t2i, k), nearest(cosine_matrix(texts, texts), k)], dim=1),
+            ]
+        )  # [2n, 2n]
+        relevance = torch.cat(
+            [
+                torch.cat([self._within(images), _across(self.mlp_i2t, aligned.top_i2t, aligned.mean_i2t)], dim=1),
+                torch.cat([_across(self.mlp_t2i, aligned.top_t2i, aligned.mean_t2i), self._within(texts)], dim=1),
+            ]
+        )  # [2n, 2n]
+        if not torch.is_autocast_enabled(device.type):
+            relevance = relevance.to(image_embedding.dtype)
+        return RelationGraph(connection, relevance)
+
+    def regularization(self, graph: RelationGraph, image_embedding: Tensor, text_embedding: Tensor) -> Tensor:
+        r"""L_reg, which keeps the learned cross-modal relevance near the geometry of the embeddings.
+
+        .. math::
+            \mathrm{KL}(\mathrm{softmax}(S_{IT}) \,\|\, \mathrm{softmax}(G)) +
+            \mathrm{KL}(\mathrm{softmax}(S_{TI}) \,\|\, \mathrm{softmax}(G^\top)),
+            \quad G_{ij} = \exp(-\lVert v_i - u_j\rVert / \sigma)
+
+        softmax over each row, mean over rows; G on normalised embeddings, without gradient. A scalar in
+        float32 or better.
+        """
+        images, texts = (_normalize_wide(x.detach()) for x in (image_embedding, text_embedding))
+        guide = distance_relevance(images, texts, self.sigma, squared=self.squared_distance)
+        n = guide.shape[0]
+        learned = graph.relevance.to(guide.dtype)
+        return _row_kl(learned[:n, n:], guide) + _row_kl(learned[n:, :n], guide.t())
+
+    def _within(self, x: Tensor) -> Tensor:
+        return distance_relevance(x, x, self.sigma, squared=self.squared_distance)
+
+
+def nearest(similarity: Tensor, k: int) -> Tensor:
+    """Per row of ``similarity`` (N, M), True at the ``k`` largest values and at all that tie with the k-th."""
+    similarity = similarity.detach()
+    threshold = similarity.topk(k, dim=1).values[:, -1:]  # [n, 1]
+    return similarity >= threshold
+
+
+def distance_relevance(x: Tensor, y: Tensor, sigma: float, *, squared: bool) -> Tensor:
+    """``exp(−‖x_i − y_j‖ / sigma)``, or with the squared norm, for normalised x (N, D), y (M, D) -> (N, M).
+
+    Distances come from differences, not from a matrix product: 2 − 2·cos rounds to 5e-4 instead of 0 between
+    equal rows in float32. The gradient at distance 0 is 0.
+    """
+    distance = torch.cdist(x, y, compute_mode="donot_use_mm_for_euclid_dist")  # [n, m]
+    return torch.exp(-(distance.square() if squared else distance) / sigma)
+
+
+def _relevance_mlp(topk: int) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(topk, topk), nn.ReLU(), nn.Linear(topk, 1))
+
+
+def _across(mlp: nn.Module, top: Tensor, mean: Tensor) -> Tensor:
+    """MLP(q) + p: top (N, M, topk), mean (N, M) -> (N, M), in the dtype of ``mean``."""
+    q = top.to(mlp[0].weight.dtype)  # p and q are float32 also when the module is half
+    return mlp(q).squeeze(-1).to(mean.dtype) + mean
+
+
+def _neighbors(n: int, ratio: float) -> int:
+    return max(1, int(n * ratio))
+
+
+def _normalize_wide(x: Tensor) -> Tensor:
+    return l2_normalize(x.to(compute_dtype(x.dtype)))
+
+
+def _row_kl(logits: Tensor, guide: Tensor) -> Tensor:
+    return F.kl_div(guide.log_softmax(dim=1), logits.log_softmax(dim=1), reduction="batchmean", log_target=True)

@@ -1,0 +1,17 @@
+"""What the pair losses check and share."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from hrem_layers._checks import check_bool_tensor, check_tensor
+from hrem_layers.masked import compute_dtype
+
+REDUCTIONS = ("sum", "mean")
+
+
+def check_pairs(similarity: Tensor, positives: Tensor) -> Tensor:
+    """Checks both arguments; returns the similarity in float32 or better."""
+    check_tensor("similarity", similarity, ("N", "M"))
+    check_bool_tensor("positives", positives, tuple(similarity.shape), device=similarity.device)
+    return similarity.to(compute_dtype(similarity.dtype))

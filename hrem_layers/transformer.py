@@ -1,0 +1,102 @@
+"""The post-norm transformer layer that every attention of the library runs on."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from hrem_layers._checks import check_int, check_number
+
+
+class BiasedAttention(nn.Module):
+    r"""Multi-head attention with one additive bias for all heads:
+    :math:`\mathrm{softmax}(Q K^\top / \sqrt{d_k} + B)\, V`, then an output projection.
+
+    A bias of −inf removes a key. A query whose keys are all removed gets zeros, where
+    :class:`torch.nn.MultiheadAttention` gives NaN. Parameters carry the names, shapes and
+    initialisation of :class:`torch.nn.MultiheadAttention`, so that its weights load.
+
+    Args:
+        embed_dim: D, size of queries, keys, values and output; a multiple of ``num_heads``.
+        num_heads: number of heads.
+        dropout: dropout probability of the attention weights, in [0, 1).
+    """
+
+    def __init__(self, embed_dim: int, *, num_heads: int, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.embed_dim = check_int("embed_dim", embed_dim, minimum=1)
+        self.num_heads = check_int("num_heads", num_heads, minimum=1)
+        self.dropout = check_number("dropout", dropout, minimum=0, below=1)
+        if embed_dim % num_heads:
+            raise ValueError(f"embed_dim must be a multiple of num_heads, got {embed_dim} and {num_heads}")
+        self.in_proj_weight = nn.Parameter(torch.empty(3 * embed_dim, embed_dim))
+        self.in_proj_bias = nn.Parameter(torch.empty(3 * embed_dim))
+        self.out_proj = nn.Linear(embed_dim, embed_dim)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.xavier_uniform_(self.in_proj_weight)
+        nn.init.zeros_(self.in_proj_bias)
+        self.out_proj.reset_parameters()
+        nn.init.zeros_(self.out_proj.bias)
+
+    def extra_repr(self) -> str:
+        return f"{self.embed_dim}, num_heads={self.num_heads}, dropout={self.dropout}"
+
+    def forward(self, query: Tensor, context: Tensor, bias: Tensor | None) -> Tensor:
+        """``query`` (..., n, D) looks at ``context`` (..., m, D) under ``bias`` (..., n, m) -> (..., n, D).
+
+        ``query is context`` is self-attention. ``bias`` broadcasts over leading dimensions.
+        """
+        d = self.embed_dim
+        if query is context:
+            q, k, v = F.linear(query, self.in_proj_weight, self.in_proj_bias).chunk(3, dim=-1)
+        else:
+            q = F.linear(query, self.in_proj_weight[:d], self.in_proj_bias[:d])
+            k, v = F.linear(context, self.in_proj_weight[d:], self.in_proj_bias[d:]).chunk(2, dim=-1)
+        q, k, v = (rearrange(x, "... n (h d) -> ... h n d", h=self.num_heads) for x in (q, k, v))
+        reachable = None
+        if bias is not None:
+            reachable = (bias > -torch.inf).any(dim=-1, keepdim=True)  # [..., n, 1]
+            # a row of -inf alone has no softmax: let it look anywhere, its result is dropped below
+            bias = torch.where(reachable, bias, 0).to(q.dtype).unsqueeze(-3)  # [..., 1, n, m]
+        out = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=bias, dropout_p=self.dropout if self.training else 0.0
+        )  # [..., h, n, d]
+        out = self.out_proj(rearrange(out, "... h n d -> ... n (h d)"))
+        return out if reachable is None else torch.where(reachable, out, 0)
+
+
+class TransformerLayer(nn.Module):
+    """Attention and feed-forward, each followed by dropout, residual and LayerNorm (post-norm, ReLU).
+
+    With ``context=None`` this computes what :class:`torch.nn.TransformerEncoderLayer` computes, with
+    the same parameter names; with a context it is the same layer as cross-attention.
+
+    Args:
+        embed_dim: D.
+        num_heads: heads of the attention.
+        ffn_dim: width of the feed-forward layer; None = ``embed_dim``.
+        dropout: dropout probability (attention weights, both residual branches, feed-forward), in [0, 1).
+    """
+
+    def __init__(
+        self, embed_dim: int, *, num_heads: int, ffn_dim: int | None = None, dropout: float = 0.0
+    ) -> None:
+        super().__init__()
+        self.self_attn = BiasedAttention(embed_dim, num_heads=num_heads, dropout=dropout)
+        ffn_dim = embed_dim if ffn_dim is None else check_int("ffn_dim", ffn_dim, minimum=1)
+        self.linear1 = nn.Linear(embed_dim, ffn_dim)
+        self.linear2 = nn.Linear(ffn_dim, embed_dim)
+        self.norm1 = nn.LayerNorm(embed_dim)
+        self.norm2 = nn.LayerNorm(embed_dim)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor, bias: Tensor | None = None, context: Tensor | None = None) -> Tensor:
+        """``x`` (..., n, D), ``context`` (..., m, D) or None = ``x``, ``bias`` (..., n, m) -> (..., n, D)."""
+        attended = self.self_attn(x, x if context is None else context, bias)
+        x = self.norm1(x + self.dropout(attended))
+        fed = self.linear2(self.dropout(F.relu(self.linear1(x))))
+        return self.norm2(x + self.dropout(fed))
