@@ -1,0 +1,601 @@
+"""Train an image-text retrieval model with relation modelling, and print its R@K table.
+
+    python examples/flickr30k.py                                    # on emoji that pip installs, in minutes
+    python examples/flickr30k.py --data-dir data/f30k_precomp       # on Flickr30K, the release's settings
+    python examples/flickr30k.py --data-dir data/coco_precomp --test-split testall --nonzero-cutoff 1.9
+    torchrun --nproc-per-node 2 examples/flickr30k.py ...           # on several processes
+    python examples/flickr30k.py --eval-only runs/f30k/best.pt      # evaluate only
+
+From top to bottom: the options, the data, the model, training, evaluation, what is left behind. At
+inference the two encoders run alone: nothing of the relation modules is needed then.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import checkpoint
+import numpy as np
+import processes
+import report
+import torch
+from encoders import BertEncoder, BiGRUEncoder, ImageEncoder, load_bert
+from pair_data import Batch, Captions, DataError, Images, Pairs, TrainingPairs, collate, load_pairs, pad
+from text_tokens import BertTokens, Vocabulary, read_word_vectors
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader, Sampler
+
+from hrem_layers import (
+    AssociationGraph,
+    FragmentRelation,
+    HREMLoss,
+    HREMTerms,
+    InfoNCELoss,
+    NeighborBatchSampler,
+    RelationInteraction,
+    TripletLoss,
+)
+from hrem_layers.retrieval import RetrievalMetrics, five_fold_metrics, retrieval_metrics
+
+# What an option is if it is not given: with --data-dir what the authors' release uses on Flickr30K; without,
+# what suits two thousand emoji on two CPU cores.
+RELEASE = {
+    "epochs": 30, "batch_size": 128, "embed_dim": 1024, "num_heads": 16, "lr": 5e-4, "lr_steps": [15, 25],
+    "warmup_steps": 8000, "vocabulary_min_count": 4, "checkpoint_every": 500, "text_encoder": "bert",
+}  # fmt: skip
+DEMO = {
+    "epochs": 12, "batch_size": 128, "embed_dim": 256, "num_heads": 8, "lr": 1e-3, "lr_steps": [8, 11],
+    "warmup_steps": 100, "vocabulary_min_count": 1, "checkpoint_every": 50, "text_encoder": "bigru",
+}  # fmt: skip
+# Options in which a resumed run may differ from the run that it resumes without changing its numbers
+MAY_DIFFER = {"resume", "output_dir", "data_dir", "cache_dir", "device", "num_workers", "checkpoint_every", "log_every"}
+
+
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=(__doc__ or "").split("\n\n")[0],
+        epilog="Defaults in brackets: with --data-dir / without it.",
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=32, width=110),
+    )
+
+    def add(name: str, text: str, **options: Any) -> None:
+        key = name[2:].replace("-", "_")
+        default = f" [{RELEASE[key]} / {DEMO[key]}]" if key in RELEASE else ""
+        if not default and options.get("default") is not None:
+            default = f" [{options['default']}]"
+        parser.add_argument(name, help=text + default.replace("%", "%%"), **options)
+
+    add("--data-dir", "folder with {train,dev,test}_ims.npy and _caps.txt; without it: emoji", type=Path)
+    add("--cache-dir", "where the emoji features are kept", type=Path, default=Path("~/.cache/hrem-layers"))
+    add("--output-dir", "where everything is written [a new folder in runs/]", type=Path)
+    add("--test-split", "split of the final evaluation (COCO 5K: testall)", default="test")
+    add("--captions-per-image", "captions an image in the files", type=int, default=5)
+    add("--five-fold", "also the mean over five folds of the test split (COCO's 1K protocol)", action="store_true")
+
+    add("--text-encoder", "recurrent on a vocabulary of the training captions, or BERT", choices=["bigru", "bert"])
+    add("--bert", "BERT: local folder or hub name", default="bert-base-uncased")
+    add("--word-vectors", "bigru: pretrained vectors, GloVe text or .npz", type=Path)
+    add("--vocabulary-min-count", "bigru: occurrences that make a word known", type=int)
+    add("--embed-dim", "size of the joint space", type=int)
+    add("--num-heads", "attention heads of all transformer layers", type=int)
+    add("--dropout", "dropout of all transformer layers", type=float, default=0.1)
+
+    add("--mechanism", "relation interaction; none trains the encoders alone", default="fusion",
+        choices=["fusion", "standalone", "none"])  # fmt: skip
+    add("--pair-loss", "loss on the pairs of the batch", default="triplet", choices=["triplet", "infonce"])
+    add("--negatives", "triplet: how negatives are chosen", default="distance_weighted",
+        choices=["distance_weighted", "hardest", "all", "expected"])  # fmt: skip
+    add("--nonzero-cutoff", "triplet: distance from which negatives have no weight (COCO: 1.9)", type=float, default=1.7)
+    add("--warmup-steps", "steps for which only the plain pair loss counts", type=int)
+
+    add("--epochs", "passes over the training captions", type=int)
+    add("--batch-size", "pairs a step, over all processes", type=int)
+    add("--sampler", "how batches are drawn", default="random", choices=["random", "neighbor"])
+    add("--images-per-cluster", "neighbor: images of one neighbourhood in a batch", type=int, default=8)
+    add("--region-drop", "share of the regions left out in training", type=float, default=0.2)
+    add("--word-drop", "share of the words masked, replaced or deleted in training", type=float, default=0.2)
+    add("--lr", "learning rate (BERT itself: a tenth)", type=float)
+    add("--lr-steps", "epochs at which it is divided by ten", type=int, nargs="*")
+    add("--weight-decay", "of AdamW", type=float, default=1e-4)
+    add("--grad-clip", "largest norm of the gradient", type=float, default=2.0)
+
+    add("--resume", "go on from CHECKPOINT, or from last.pt in --output-dir", nargs="?", const="", metavar="CHECKPOINT")
+    add("--eval-only", "evaluate a checkpoint on the test split, train nothing", type=Path, metavar="CHECKPOINT")
+    add("--seed", "of everything random", type=int, default=0)
+    add("--device", "cpu, cuda, cuda:1, ...; auto takes a GPU if there is one", default="auto")
+    add("--amp", "mixed precision", default="none", choices=["none", "bf16", "fp16"])
+    add("--num-workers", "processes that read the data", type=int, default=0)
+    add("--checkpoint-every", "steps between checkpoints (there is one after each epoch as well)", type=int)
+    add("--log-every", "steps between TensorBoard points", type=int, default=10)
+
+    arguments = parser.parse_args(argv)
+    for key, value in (RELEASE if arguments.data_dir else DEMO).items():
+        if getattr(arguments, key) is None:
+            setattr(arguments, key, value)
+    if arguments.batch_size % processes_planned():
+        parser.error(f"--batch-size {arguments.batch_size} must be a multiple of the {processes_planned()} processes")
+    if arguments.resume == "" and arguments.output_dir is None:
+        parser.error("--resume needs a CHECKPOINT, or the --output-dir whose last.pt it goes on from")
+    return arguments
+
+
+def processes_planned() -> int:
+    import os
+
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+# ------------------------------------------------------------------------------------------ the data
+
+
+def data_folder(arguments: argparse.Namespace) -> Path:
+    if arguments.data_dir is not None:
+        return arguments.data_dir
+    from emoji_pairs import prepare_emoji_pairs
+
+    if processes.is_main():
+        prepare_emoji_pairs(arguments.cache_dir.expanduser())
+    processes.wait()
+    return prepare_emoji_pairs(arguments.cache_dir.expanduser())
+
+
+class RandomBatches(Sampler):
+    """Captions in a random order that is a function of (seed, epoch); every process takes its part of a batch."""
+
+    def __init__(self, captions: int, batch_size: int, *, seed: int) -> None:
+        self.captions, self.batch_size, self.seed, self.epoch = captions, batch_size, seed, 0
+        if captions < batch_size:
+            raise ValueError(f"--batch-size must be at most the number of training captions, {captions}, got {batch_size}")
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.captions // self.batch_size
+
+    def __iter__(self) -> Iterator[list[int]]:
+        order = np.random.default_rng([self.seed, self.epoch]).permutation(self.captions)
+        for start in range(0, len(self) * self.batch_size, self.batch_size):
+            mine = processes.shard(self.batch_size)
+            yield order[start + mine.start : start + mine.stop].tolist()
+
+
+class Rest(Sampler):
+    """The batches of an epoch from number ``done`` on: where a resumed run goes on."""
+
+    def __init__(self, batches: Sampler, done: int) -> None:
+        self.batches, self.done = batches, done
+
+    def __len__(self) -> int:
+        return len(self.batches) - self.done  # type: ignore[arg-type]
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return islice(iter(self.batches), self.done, None)
+
+
+def make_sampler(pairs: Pairs, arguments: argparse.Namespace) -> Sampler:
+    if arguments.sampler == "random":
+        return RandomBatches(len(pairs.captions), arguments.batch_size, seed=arguments.seed)
+    per_process = arguments.batch_size // processes.count()
+    if per_process % arguments.images_per_cluster:
+        raise ValueError(
+            f"--images-per-cluster must divide the batch of a process, {per_process}, got {arguments.images_per_cluster}"
+        )
+    means = np.empty((pairs.num_images, pairs.features.shape[2]), dtype=np.float32)
+    for i in progress(range(pairs.num_images), "features to cluster"):
+        means[i] = pairs.image(i).mean(axis=0)
+    return NeighborBatchSampler(
+        means,
+        clusters_per_batch=per_process // arguments.images_per_cluster,
+        images_per_cluster=arguments.images_per_cluster,
+        captions_per_image=pairs.captions_per_image,
+        seed=arguments.seed,
+        num_replicas=processes.count(),
+        rank=processes.rank(),
+    )
+
+
+def progress(items: Any, what: str, **options: Any) -> Any:
+    """A bar on what takes longer than two seconds; only the main process shows it."""
+    from tqdm.auto import tqdm
+
+    return tqdm(items, desc=what, delay=2, leave=False, dynamic_ncols=True, disable=not processes.is_main(), **options)
+
+
+# ------------------------------------------------------------------------------------------ the model
+
+
+class RetrievalModel(nn.Module):
+    """Both encoders and, for training, the loss with its relation modules."""
+
+    def __init__(self, image_encoder: nn.Module, text_encoder: nn.Module, loss: nn.Module) -> None:
+        super().__init__()
+        self.image_encoder, self.text_encoder, self.loss = image_encoder, text_encoder, loss
+
+    def forward(self, batch: Batch) -> HREMTerms:
+        image_embedding, regions = self.image_encoder(batch.images, batch.image_mask)
+        text_embedding, words = self.text_encoder(batch.tokens, batch.text_mask)
+        return self.loss.terms(
+            image_embedding, text_embedding, regions, words, batch.image_mask, batch.text_mask, batch.image_ids
+        )
+
+
+class PlainLoss(nn.Module):
+    """``--mechanism none``: the pair loss alone, for comparison."""
+
+    def __init__(self, pair_loss: nn.Module) -> None:
+        super().__init__()
+        self.pair_loss = pair_loss
+
+    def terms(self, image_embedding: Tensor, text_embedding: Tensor, *fragments_masks_ids: Tensor) -> HREMTerms:
+        v, u = (processes.gather_rows(nn.functional.normalize(x.float(), dim=1)) for x in (image_embedding, text_embedding))
+        ids = processes.gather_rows(fragments_masks_ids[-1])
+        loss = self.pair_loss(v @ u.t(), ids.unsqueeze(1) == ids)
+        zero = loss.new_zeros(())
+        return HREMTerms(loss, loss, zero, zero, zero, zero)
+
+
+class Built(NamedTuple):
+    model: RetrievalModel
+    encode: Vocabulary | BertTokens
+    vocabulary: list[str]  # empty for BERT
+
+
+def build(arguments: argparse.Namespace, feature_dim: int, vocabulary: list[str], vectors: Path | None) -> Built:
+    """The model, and the function that turns captions into tokens."""
+
+    def relation() -> FragmentRelation:
+        return FragmentRelation(arguments.embed_dim, num_heads=arguments.num_heads, dropout=arguments.dropout)
+
+    if arguments.text_encoder == "bert":
+        tokenizer, bert = load_bert(arguments.bert)
+        encode: Vocabulary | BertTokens = BertTokens(tokenizer, augment=arguments.word_drop)
+        text_encoder: nn.Module = BertEncoder(bert, arguments.embed_dim, relation())
+    else:
+        encode = Vocabulary(vocabulary, augment=arguments.word_drop)
+        known = read_word_vectors(vectors, vocabulary) if vectors else None
+        text_encoder = BiGRUEncoder(encode, arguments.embed_dim, relation(), vectors=known)
+    if arguments.pair_loss == "triplet":
+        pair_loss: nn.Module = TripletLoss(
+            negative_sampling=arguments.negatives, nonzero_cutoff=arguments.nonzero_cutoff
+        )
+    else:
+        pair_loss = InfoNCELoss()
+    if arguments.mechanism == "none":
+        loss: nn.Module = PlainLoss(pair_loss)
+    else:
+        loss = HREMLoss(
+            arguments.embed_dim,
+            graph=AssociationGraph(),
+            interaction=RelationInteraction(
+                arguments.embed_dim,
+                mechanism=arguments.mechanism,
+                num_heads=arguments.num_heads,
+                dropout=arguments.dropout,
+            ),
+            pair_loss=pair_loss,
+            warmup_steps=arguments.warmup_steps,
+            gather_distributed=True,
+        )
+    image_encoder = ImageEncoder(feature_dim, arguments.embed_dim, relation())
+    return Built(RetrievalModel(image_encoder, text_encoder, loss), encode, vocabulary)
+
+
+def make_optimizer(model: RetrievalModel, arguments: argparse.Namespace) -> torch.optim.Optimizer:
+    bert = list(model.text_encoder.bert.parameters()) if arguments.text_encoder == "bert" else []
+    slow = {id(p) for p in bert}
+    groups = [{"params": [p for p in model.parameters() if id(p) not in slow], "lr": arguments.lr, "name": "lr"}]
+    if bert:
+        groups.append({"params": bert, "lr": arguments.lr * 0.1, "name": "lr_bert"})
+    return torch.optim.AdamW(groups, weight_decay=arguments.weight_decay)
+
+
+# ------------------------------------------------------------------------------------------ training
+
+
+class Run:
+    """Everything that changes while training, and therefore everything that a checkpoint holds."""
+
+    def __init__(self, built: Built, arguments: argparse.Namespace, device: torch.device) -> None:
+        self.model = built.model.to(device)
+        self.vocabulary = built.vocabulary
+        self.arguments = {key: str(x) if isinstance(x, Path) else x for key, x in vars(arguments).items()}
+        self.optimizer = make_optimizer(self.model, arguments)
+        self.scheduler = torch.optim.lr_scheduler.MultiStepLR(self.optimizer, arguments.lr_steps, gamma=0.1)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=arguments.amp == "fp16")
+        self.epoch, self.step = 0, 0  # step: within the epoch
+        self.total_steps = 0
+        self.loss_sums = {"total": 0.0, "base": 0.0}  # within the epoch
+        self.best_rsum, self.history = -1.0, []
+
+    def state(self) -> dict[str, Any]:
+        return {
+            "arguments": self.arguments,
+            "vocabulary": self.vocabulary,
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": self.scheduler.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "sampler": {"epoch": self.epoch, "batches_done": self.step},
+            "total_steps": self.total_steps,
+            "loss_sums": self.loss_sums,
+            "best_rsum": self.best_rsum,
+            "history": self.history,
+            "random": processes.gather_objects(checkpoint.random_state()),
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scheduler.load_state_dict(state["scheduler"])
+        self.scaler.load_state_dict(state["scaler"])
+        self.epoch, self.step = state["sampler"]["epoch"], state["sampler"]["batches_done"]
+        self.total_steps, self.loss_sums = state["total_steps"], state["loss_sums"]
+        self.best_rsum, self.history = state["best_rsum"], state["history"]
+        if len(state["random"]) != processes.count():
+            raise ValueError(
+                f"--resume: the checkpoint was written by {len(state['random'])} processes, this run has {processes.count()}"
+            )
+        checkpoint.restore_random_state(state["random"][processes.rank()])
+
+
+def train(
+    run: Run, train_pairs: Pairs, dev_pairs: Pairs, built: Built, arguments: argparse.Namespace, folder: Path,
+    device: torch.device,
+) -> None:  # fmt: skip
+    """Trains from where ``run`` is to the last epoch; leaves ``best.pt`` and ``last.pt`` in ``folder``."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    pairs = TrainingPairs(train_pairs, built.encode, region_drop=arguments.region_drop, seed=arguments.seed)
+    sampler = make_sampler(train_pairs, arguments)
+    model: nn.Module = run.model
+    if processes.count() > 1:
+        model = DistributedDataParallel(run.model, device_ids=[device] if device.type == "cuda" else None)
+    board = SummaryWriter(folder / "tensorboard", purge_step=run.total_steps) if processes.is_main() else None
+
+    while run.epoch < arguments.epochs:
+        start = time.perf_counter()
+        pairs.set_epoch(run.epoch)
+        sampler.set_epoch(run.epoch)
+        rest = Rest(sampler, run.step)
+        loader = DataLoader(
+            pairs, batch_sampler=rest, collate_fn=collate, num_workers=arguments.num_workers,
+            pin_memory=device.type == "cuda", generator=torch.Generator(),
+        )  # fmt: skip
+        model.train()
+        for batch in progress(loader, f"epoch {run.epoch + 1}", initial=run.step, total=len(sampler)):
+            with torch.autocast(device.type, amp_dtype(arguments), enabled=arguments.amp != "none"):
+                terms = model(batch.to(device))
+            run.optimizer.zero_grad(set_to_none=True)
+            run.scaler.scale(terms.total).backward()
+            run.scaler.unscale_(run.optimizer)
+            nn.utils.clip_grad_norm_(model.parameters(), arguments.grad_clip)
+            run.scaler.step(run.optimizer)
+            run.scaler.update()
+
+            run.step, run.total_steps = run.step + 1, run.total_steps + 1
+            for name in run.loss_sums:
+                run.loss_sums[name] += getattr(terms, name).item()
+            if not np.isfinite(run.loss_sums["total"]):
+                raise FloatingPointError(f"the loss is not finite in epoch {run.epoch + 1}, step {run.step}: {terms}")
+            if board and run.total_steps % arguments.log_every == 0:
+                for name, value in terms._asdict().items():
+                    board.add_scalar(f"loss/{name}", value, run.total_steps)
+                for group in run.optimizer.param_groups:
+                    board.add_scalar(f"learning_rate/{group['name']}", group["lr"], run.total_steps)
+            if run.step % arguments.checkpoint_every == 0 and run.step < len(sampler):
+                save(folder / "last.pt", run)
+
+        metrics = evaluate(run.model, dev_pairs, built, arguments, device, "dev")[0]
+        loss, base_loss = (run.loss_sums[name] / run.step for name in ("total", "base"))
+        run.history.append({"epoch": run.epoch + 1, "loss": loss, "base_loss": base_loss, "dev": metrics.as_dict()})
+        is_best = metrics.rsum > run.best_rsum
+        run.best_rsum = max(run.best_rsum, metrics.rsum)
+        run.scheduler.step()
+        run.epoch, run.step, run.loss_sums = run.epoch + 1, 0, dict.fromkeys(run.loss_sums, 0.0)
+        if is_best:  # first the best, then the last: a kill between the two repeats this evaluation
+            save(folder / "best.pt", run)
+        save(folder / "last.pt", run)
+        if board:
+            for name, value in metrics.as_dict().items():
+                board.add_scalar(f"dev/{name}", value, run.total_steps)
+            print(
+                f"epoch {run.epoch}/{arguments.epochs}  loss {loss:.3f}  dev R@1 image to text {metrics.i2t.r1:.1f}, "
+                f"text to image {metrics.t2i.r1:.1f}, rSum {metrics.rsum:.1f}{' (best)' if is_best else ''}  "
+                f"{time.perf_counter() - start:.0f} s",
+                flush=True,
+            )
+    if board:
+        board.close()
+
+
+def amp_dtype(arguments: argparse.Namespace) -> torch.dtype:
+    return torch.float16 if arguments.amp == "fp16" else torch.bfloat16
+
+
+def save(path: Path, run: Run) -> None:
+    """Every process contributes its random state; the main one writes."""
+    state = run.state()
+    if processes.is_main():
+        checkpoint.save(path, state)
+
+
+# ------------------------------------------------------------------------------------------ evaluation
+
+
+@torch.no_grad()
+def evaluate(
+    model: RetrievalModel, pairs: Pairs, built: Built, arguments: argparse.Namespace, device: torch.device, what: str
+) -> tuple[RetrievalMetrics, Tensor, Tensor]:
+    """R@K of one split, and the embeddings it is computed from. Each process encodes its share."""
+    model.eval()
+
+    def encode(items: Any, encoder: nn.Module, name: str) -> Tensor:
+        mine = processes.shard(len(items))
+        loader = DataLoader(
+            torch.utils.data.Subset(items, mine), batch_size=arguments.batch_size, collate_fn=pad,
+            num_workers=arguments.num_workers, generator=torch.Generator(),
+        )  # fmt: skip
+        rows = [torch.zeros(0, arguments.embed_dim)]
+        for batch, mask in progress(loader, f"{what}: {name}"):
+            with torch.autocast(device.type, amp_dtype(arguments), enabled=arguments.amp != "none"):
+                rows.append(encoder(batch.to(device), mask.to(device))[0].float().cpu())
+        return processes.gather_shards(torch.cat(rows).to(device), len(items)).cpu()
+
+    images = encode(Images(pairs), model.image_encoder, "images")
+    texts = encode(Captions(pairs, built.encode), model.text_encoder, "captions")
+    return retrieval_metrics(images, texts, captions_per_image=pairs.captions_per_image), images, texts
+
+
+def final_evaluation(
+    run_arguments: argparse.Namespace, model: RetrievalModel, built: Built, folder: Path, data: Path,
+    state: dict[str, Any], device: torch.device,
+) -> None:  # fmt: skip
+    """Once, on the test split: the table, metrics.json and the picture."""
+    pairs = load_pairs(data, run_arguments.test_split, run_arguments.captions_per_image)
+    metrics, images, texts = evaluate(model, pairs, built, run_arguments, device, run_arguments.test_split)
+    if not processes.is_main():
+        return
+    chance = report.chance(pairs)
+    content: dict[str, Any] = {
+        "split": run_arguments.test_split, "images": pairs.num_images, "captions": len(pairs.captions),
+        "test": metrics.as_dict(), "chance": chance, "best_epoch": state["sampler"]["epoch"],
+        "best_dev_rsum": state["best_rsum"], "history": state["history"], "arguments": state["arguments"],
+        "versions": {"python": sys.version.split()[0], "torch": torch.__version__},
+    }  # fmt: skip
+    print(f"\n{run_arguments.test_split}: {pairs.num_images} images, {len(pairs.captions)} captions; "
+          f"encoders of epoch {state['sampler']['epoch']}, chosen on dev")  # fmt: skip
+    print(metrics.table())
+    print(f"chance: R@1 {chance['i2t_r1']:.2f} image to text, {chance['t2i_r1']:.2f} text to image")
+    if run_arguments.five_fold:
+        folds = five_fold_metrics(images, texts, captions_per_image=pairs.captions_per_image)
+        content["five_fold"] = folds.as_dict()
+        print(f"\nmean over five folds\n{folds.table()}")
+    report.write_json(folder / "metrics.json", content)
+    pictures_file = data / f"{run_arguments.test_split}_pictures.npy"
+    pictures = np.load(pictures_file, mmap_mode="r") if pictures_file.is_file() else None
+    shown = np.linspace(0, pairs.num_images - 1, min(6, pairs.num_images)).astype(int).tolist()
+    report.draw(
+        folder / "report.png", state["history"], pairs, shown, report.top_captions(images, texts, shown), metrics, pictures
+    )
+    print(f"\nwritten to {folder}: metrics.json, report.png, best.pt, last.pt, tensorboard/")
+
+
+# ------------------------------------------------------------------------------------------ all together
+
+
+def main(argv: list[str] | None = None) -> None:
+    arguments = parse_arguments(argv)
+    device = processes.start(arguments.device)
+    try:
+        if arguments.eval_only:
+            evaluate_only(arguments, device)
+        else:
+            train_and_evaluate(arguments, device)
+    except (DataError, ValueError, FileNotFoundError, FileExistsError, ImportError) as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("interrupted: go on with --resume and the same --output-dir")
+    finally:
+        processes.stop()
+
+
+def train_and_evaluate(arguments: argparse.Namespace, device: torch.device) -> None:
+    data = data_folder(arguments)
+    vectors = arguments.word_vectors
+    if arguments.data_dir is None and vectors is None and arguments.text_encoder == "bigru":
+        vectors = data / "word_vectors.npz"
+    folder = output_folder(arguments)
+    resumed = resume_from(arguments, folder)
+
+    torch.manual_seed(arguments.seed)
+    train_pairs = load_pairs(data, "train", arguments.captions_per_image)
+    dev_pairs = load_pairs(data, "dev", arguments.captions_per_image)
+    vocabulary: list[str] = []
+    if arguments.text_encoder == "bigru":
+        vocabulary = Vocabulary.of(
+            train_pairs.captions, min_count=arguments.vocabulary_min_count, augment=arguments.word_drop
+        ).known
+    built = build(arguments, train_pairs.features.shape[2], vocabulary, vectors)
+    run = Run(built, arguments, device)
+    # the model starts the same on every process; what is drawn from here on is drawn by each for itself
+    torch.manual_seed(arguments.seed + processes.rank())
+    if resumed is not None:
+        run.restore(resumed)
+    if processes.is_main():
+        print(
+            f"{train_pairs.num_images} training images, {len(train_pairs.captions)} captions, "
+            f"{processes.count()} process(es), {device}; writing to {folder}"
+            + (f"; resumed in epoch {run.epoch + 1} after {run.step} steps" if resumed else ""),
+            flush=True,
+        )
+    train(run, train_pairs, dev_pairs, built, arguments, folder, device)
+    processes.wait()
+    best = checkpoint.load(folder / "best.pt")
+    run.model.load_state_dict(best["model"])
+    final_evaluation(arguments, run.model, built, folder, data, {**best, "history": run.history}, device)
+
+
+def evaluate_only(arguments: argparse.Namespace, device: torch.device) -> None:
+    state = checkpoint.load(arguments.eval_only)
+    saved = argparse.Namespace(**{**state["arguments"], "test_split": arguments.test_split,
+                                  "five_fold": arguments.five_fold, "num_workers": arguments.num_workers})  # fmt: skip
+    if arguments.data_dir is None and saved.data_dir is not None:
+        arguments.data_dir = Path(saved.data_dir)
+    data = data_folder(arguments)
+    feature_dim = state["model"]["image_encoder.linear.weight"].shape[1]
+    built = build(saved, feature_dim, state["vocabulary"], None)
+    built.model.load_state_dict(state["model"])
+    folder = arguments.output_dir or arguments.eval_only.parent / f"eval-{arguments.test_split}"
+    folder.mkdir(parents=True, exist_ok=True)
+    final_evaluation(saved, built.model.to(device), built, folder, data, state, device)
+
+
+def output_folder(arguments: argparse.Namespace) -> Path:
+    """Where to write: what was asked for if nothing is lost by it, else the next free folder in runs/."""
+    folder = arguments.output_dir
+    if folder is None and arguments.resume:
+        folder = Path(arguments.resume).parent
+    if folder is None:
+        base = Path("runs") / (arguments.data_dir.resolve().name if arguments.data_dir else "emoji")
+        number = 1
+        folder = base
+        while processes.is_main() and folder.exists():
+            number += 1
+            folder = base.with_name(f"{base.name}-{number}")
+        folder = Path(processes.from_main(str(folder)))
+    elif arguments.resume is None and (folder / "last.pt").exists():
+        raise FileExistsError(
+            f"--output-dir {folder} holds the checkpoint of another run: give --resume to go on with it, "
+            "or another folder"
+        )
+    processes.wait()
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def resume_from(arguments: argparse.Namespace, folder: Path) -> dict[str, Any] | None:
+    if arguments.resume is None:
+        return None
+    path = Path(arguments.resume) if arguments.resume else folder / "last.pt"
+    if not arguments.resume and not path.exists():
+        if processes.is_main():
+            print(f"--resume: no {path} yet, starting from the beginning")
+        return None
+    state = checkpoint.load(path)
+    now = {key: str(x) if isinstance(x, Path) else x for key, x in vars(arguments).items()}
+    changed = checkpoint.differences(state["arguments"], now, may_differ=MAY_DIFFER | {"epochs", "test_split", "five_fold"})
+    if changed:
+        raise ValueError(f"--resume {path}: the run that it goes on with was started otherwise: {'; '.join(changed)}")
+    return state
+
+
+if __name__ == "__main__":
+    main()
