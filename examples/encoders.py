@@ -8,10 +8,10 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from text_tokens import PAD, Vocabulary
 from torch import Tensor, nn
 from torch.distributed.nn.functional import all_reduce
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
-from text_tokens import PAD, Vocabulary
 
 from hrem_layers import FragmentRelation
 
@@ -54,7 +54,10 @@ class ImageEncoder(nn.Module):
     def __init__(self, feature_dim: int, embed_dim: int, relation: FragmentRelation) -> None:
         super().__init__()
         self.linear = nn.Linear(feature_dim, embed_dim)
-        self.mlp_in, self.mlp_out = nn.Linear(feature_dim, embed_dim // 2), nn.Linear(embed_dim // 2, embed_dim)
+        self.mlp_in, self.mlp_out = (
+            nn.Linear(feature_dim, embed_dim // 2),
+            nn.Linear(embed_dim // 2, embed_dim),
+        )
         self.norm = MaskedBatchNorm(embed_dim // 2)
         self.relation = relation
         for layer in (self.linear, self.mlp_in, self.mlp_out):

@@ -15,8 +15,6 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Iterator
-from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,12 +23,14 @@ import numpy as np
 import processes
 import report
 import torch
+from batches import Rest, make_sampler
 from encoders import BertEncoder, BiGRUEncoder, ImageEncoder, load_bert
+from options import parse_arguments
 from pair_data import Batch, Captions, DataError, Images, Pairs, TrainingPairs, collate, load_pairs, pad
 from text_tokens import BertTokens, Vocabulary, read_word_vectors
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader
 
 from hrem_layers import (
     AssociationGraph,
@@ -38,99 +38,10 @@ from hrem_layers import (
     HREMLoss,
     HREMTerms,
     InfoNCELoss,
-    NeighborBatchSampler,
     RelationInteraction,
     TripletLoss,
 )
 from hrem_layers.retrieval import RetrievalMetrics, five_fold_metrics, retrieval_metrics
-
-# What an option is if it is not given: with --data-dir what the authors' release uses on Flickr30K; without,
-# what suits two thousand emoji on two CPU cores.
-RELEASE = {
-    "epochs": 30, "batch_size": 128, "embed_dim": 1024, "num_heads": 16, "lr": 5e-4, "lr_steps": [15, 25],
-    "warmup_steps": 8000, "vocabulary_min_count": 4, "checkpoint_every": 500, "text_encoder": "bert",
-}  # fmt: skip
-DEMO = {
-    "epochs": 12, "batch_size": 128, "embed_dim": 256, "num_heads": 8, "lr": 1e-3, "lr_steps": [8, 11],
-    "warmup_steps": 100, "vocabulary_min_count": 1, "checkpoint_every": 50, "text_encoder": "bigru",
-}  # fmt: skip
-# Options in which a resumed run may differ from the run that it resumes without changing its numbers
-MAY_DIFFER = {"resume", "output_dir", "data_dir", "cache_dir", "device", "num_workers", "checkpoint_every", "log_every"}
-
-
-def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=(__doc__ or "").split("\n\n")[0],
-        epilog="Defaults in brackets: with --data-dir / without it.",
-        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=32, width=110),
-    )
-
-    def add(name: str, text: str, **options: Any) -> None:
-        key = name[2:].replace("-", "_")
-        default = f" [{RELEASE[key]} / {DEMO[key]}]" if key in RELEASE else ""
-        if not default and options.get("default") is not None:
-            default = f" [{options['default']}]"
-        parser.add_argument(name, help=text + default.replace("%", "%%"), **options)
-
-    add("--data-dir", "folder with {train,dev,test}_ims.npy and _caps.txt; without it: emoji", type=Path)
-    add("--cache-dir", "where the emoji features are kept", type=Path, default=Path("~/.cache/hrem-layers"))
-    add("--output-dir", "where everything is written [a new folder in runs/]", type=Path)
-    add("--test-split", "split of the final evaluation (COCO 5K: testall)", default="test")
-    add("--captions-per-image", "captions an image in the files", type=int, default=5)
-    add("--five-fold", "also the mean over five folds of the test split (COCO's 1K protocol)", action="store_true")
-
-    add("--text-encoder", "recurrent on a vocabulary of the training captions, or BERT", choices=["bigru", "bert"])
-    add("--bert", "BERT: local folder or hub name", default="bert-base-uncased")
-    add("--word-vectors", "bigru: pretrained vectors, GloVe text or .npz", type=Path)
-    add("--vocabulary-min-count", "bigru: occurrences that make a word known", type=int)
-    add("--embed-dim", "size of the joint space", type=int)
-    add("--num-heads", "attention heads of all transformer layers", type=int)
-    add("--dropout", "dropout of all transformer layers", type=float, default=0.1)
-
-    add("--mechanism", "relation interaction; none trains the encoders alone", default="fusion",
-        choices=["fusion", "standalone", "none"])  # fmt: skip
-    add("--pair-loss", "loss on the pairs of the batch", default="triplet", choices=["triplet", "infonce"])
-    add("--negatives", "triplet: how negatives are chosen", default="distance_weighted",
-        choices=["distance_weighted", "hardest", "all", "expected"])  # fmt: skip
-    add("--nonzero-cutoff", "triplet: distance from which negatives have no weight (COCO: 1.9)", type=float, default=1.7)
-    add("--warmup-steps", "steps for which only the plain pair loss counts", type=int)
-
-    add("--epochs", "passes over the training captions", type=int)
-    add("--batch-size", "pairs a step, over all processes", type=int)
-    add("--sampler", "how batches are drawn", default="random", choices=["random", "neighbor"])
-    add("--images-per-cluster", "neighbor: images of one neighbourhood in a batch", type=int, default=8)
-    add("--region-drop", "share of the regions left out in training", type=float, default=0.2)
-    add("--word-drop", "share of the words masked, replaced or deleted in training", type=float, default=0.2)
-    add("--lr", "learning rate (BERT itself: a tenth)", type=float)
-    add("--lr-steps", "epochs at which it is divided by ten", type=int, nargs="*")
-    add("--weight-decay", "of AdamW", type=float, default=1e-4)
-    add("--grad-clip", "largest norm of the gradient", type=float, default=2.0)
-
-    add("--resume", "go on from CHECKPOINT, or from last.pt in --output-dir", nargs="?", const="", metavar="CHECKPOINT")
-    add("--eval-only", "evaluate a checkpoint on the test split, train nothing", type=Path, metavar="CHECKPOINT")
-    add("--seed", "of everything random", type=int, default=0)
-    add("--device", "cpu, cuda, cuda:1, ...; auto takes a GPU if there is one", default="auto")
-    add("--amp", "mixed precision", default="none", choices=["none", "bf16", "fp16"])
-    add("--num-workers", "processes that read the data", type=int, default=0)
-    add("--checkpoint-every", "steps between checkpoints (there is one after each epoch as well)", type=int)
-    add("--log-every", "steps between TensorBoard points", type=int, default=10)
-
-    arguments = parser.parse_args(argv)
-    for key, value in (RELEASE if arguments.data_dir else DEMO).items():
-        if getattr(arguments, key) is None:
-            setattr(arguments, key, value)
-    if arguments.batch_size % processes_planned():
-        parser.error(f"--batch-size {arguments.batch_size} must be a multiple of the {processes_planned()} processes")
-    if arguments.resume == "" and arguments.output_dir is None:
-        parser.error("--resume needs a CHECKPOINT, or the --output-dir whose last.pt it goes on from")
-    return arguments
-
-
-def processes_planned() -> int:
-    import os
-
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
 
 # ------------------------------------------------------------------------------------------ the data
 
@@ -144,69 +55,6 @@ def data_folder(arguments: argparse.Namespace) -> Path:
         prepare_emoji_pairs(arguments.cache_dir.expanduser())
     processes.wait()
     return prepare_emoji_pairs(arguments.cache_dir.expanduser())
-
-
-class RandomBatches(Sampler):
-    """Captions in a random order that is a function of (seed, epoch); every process takes its part of a batch."""
-
-    def __init__(self, captions: int, batch_size: int, *, seed: int) -> None:
-        self.captions, self.batch_size, self.seed, self.epoch = captions, batch_size, seed, 0
-        if captions < batch_size:
-            raise ValueError(f"--batch-size must be at most the number of training captions, {captions}, got {batch_size}")
-
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
-
-    def __len__(self) -> int:
-        return self.captions // self.batch_size
-
-    def __iter__(self) -> Iterator[list[int]]:
-        order = np.random.default_rng([self.seed, self.epoch]).permutation(self.captions)
-        for start in range(0, len(self) * self.batch_size, self.batch_size):
-            mine = processes.shard(self.batch_size)
-            yield order[start + mine.start : start + mine.stop].tolist()
-
-
-class Rest(Sampler):
-    """The batches of an epoch from number ``done`` on: where a resumed run goes on."""
-
-    def __init__(self, batches: Sampler, done: int) -> None:
-        self.batches, self.done = batches, done
-
-    def __len__(self) -> int:
-        return len(self.batches) - self.done  # type: ignore[arg-type]
-
-    def __iter__(self) -> Iterator[list[int]]:
-        return islice(iter(self.batches), self.done, None)
-
-
-def make_sampler(pairs: Pairs, arguments: argparse.Namespace) -> Sampler:
-    if arguments.sampler == "random":
-        return RandomBatches(len(pairs.captions), arguments.batch_size, seed=arguments.seed)
-    per_process = arguments.batch_size // processes.count()
-    if per_process % arguments.images_per_cluster:
-        raise ValueError(
-            f"--images-per-cluster must divide the batch of a process, {per_process}, got {arguments.images_per_cluster}"
-        )
-    means = np.empty((pairs.num_images, pairs.features.shape[2]), dtype=np.float32)
-    for i in progress(range(pairs.num_images), "features to cluster"):
-        means[i] = pairs.image(i).mean(axis=0)
-    return NeighborBatchSampler(
-        means,
-        clusters_per_batch=per_process // arguments.images_per_cluster,
-        images_per_cluster=arguments.images_per_cluster,
-        captions_per_image=pairs.captions_per_image,
-        seed=arguments.seed,
-        num_replicas=processes.count(),
-        rank=processes.rank(),
-    )
-
-
-def progress(items: Any, what: str, **options: Any) -> Any:
-    """A bar on what takes longer than two seconds; only the main process shows it."""
-    from tqdm.auto import tqdm
-
-    return tqdm(items, desc=what, delay=2, leave=False, dynamic_ncols=True, disable=not processes.is_main(), **options)
 
 
 # ------------------------------------------------------------------------------------------ the model
@@ -235,7 +83,9 @@ class PlainLoss(nn.Module):
         self.pair_loss = pair_loss
 
     def terms(self, image_embedding: Tensor, text_embedding: Tensor, *fragments_masks_ids: Tensor) -> HREMTerms:
-        v, u = (processes.gather_rows(nn.functional.normalize(x.float(), dim=1)) for x in (image_embedding, text_embedding))
+        v, u = (
+            processes.gather_rows(nn.functional.normalize(x.float(), dim=1)) for x in (image_embedding, text_embedding)
+        )
         ids = processes.gather_rows(fragments_masks_ids[-1])
         loss = self.pair_loss(v @ u.t(), ids.unsqueeze(1) == ids)
         zero = loss.new_zeros(())
@@ -341,7 +191,8 @@ class Run:
         self.best_rsum, self.history = state["best_rsum"], state["history"]
         if len(state["random"]) != processes.count():
             raise ValueError(
-                f"--resume: the checkpoint was written by {len(state['random'])} processes, this run has {processes.count()}"
+                f"--resume: the checkpoint was written by {len(state['random'])} processes, "
+                f"this run has {processes.count()}"
             )
         checkpoint.restore_random_state(state["random"][processes.rank()])
 
@@ -370,7 +221,7 @@ def train(
             pin_memory=device.type == "cuda", generator=torch.Generator(),
         )  # fmt: skip
         model.train()
-        for batch in progress(loader, f"epoch {run.epoch + 1}", initial=run.step, total=len(sampler)):
+        for batch in processes.progress(loader, f"epoch {run.epoch + 1}", initial=run.step, total=len(sampler)):
             with torch.autocast(device.type, amp_dtype(arguments), enabled=arguments.amp != "none"):
                 terms = model(batch.to(device))
             run.optimizer.zero_grad(set_to_none=True)
@@ -432,7 +283,12 @@ def save(path: Path, run: Run) -> None:
 
 @torch.no_grad()
 def evaluate(
-    model: RetrievalModel, pairs: Pairs, built: Built, arguments: argparse.Namespace, device: torch.device, what: str
+    model: RetrievalModel,
+    pairs: Pairs,
+    built: Built,
+    arguments: argparse.Namespace,
+    device: torch.device,
+    what: str,
 ) -> tuple[RetrievalMetrics, Tensor, Tensor]:
     """R@K of one split, and the embeddings it is computed from. Each process encodes its share."""
     model.eval()
@@ -444,7 +300,7 @@ def evaluate(
             num_workers=arguments.num_workers, generator=torch.Generator(),
         )  # fmt: skip
         rows = [torch.zeros(0, arguments.embed_dim)]
-        for batch, mask in progress(loader, f"{what}: {name}"):
+        for batch, mask in processes.progress(loader, f"{what}: {name}"):
             with torch.autocast(device.type, amp_dtype(arguments), enabled=arguments.amp != "none"):
                 rows.append(encoder(batch.to(device), mask.to(device))[0].float().cpu())
         return processes.gather_shards(torch.cat(rows).to(device), len(items)).cpu()
@@ -483,7 +339,13 @@ def final_evaluation(
     pictures = np.load(pictures_file, mmap_mode="r") if pictures_file.is_file() else None
     shown = np.linspace(0, pairs.num_images - 1, min(6, pairs.num_images)).astype(int).tolist()
     report.draw(
-        folder / "report.png", state["history"], pairs, shown, report.top_captions(images, texts, shown), metrics, pictures
+        folder / "report.png",
+        state["history"],
+        pairs,
+        shown,
+        report.top_captions(images, texts, shown),
+        metrics,
+        pictures,
     )
     print(f"\nwritten to {folder}: metrics.json, report.png, best.pt, last.pt, tensorboard/")
 
@@ -512,8 +374,8 @@ def train_and_evaluate(arguments: argparse.Namespace, device: torch.device) -> N
     vectors = arguments.word_vectors
     if arguments.data_dir is None and vectors is None and arguments.text_encoder == "bigru":
         vectors = data / "word_vectors.npz"
-    folder = output_folder(arguments)
-    resumed = resume_from(arguments, folder)
+    folder = checkpoint.output_folder(arguments)
+    resumed = checkpoint.resume_from(arguments, folder)
 
     torch.manual_seed(arguments.seed)
     train_pairs = load_pairs(data, "train", arguments.captions_per_image)
@@ -556,45 +418,6 @@ def evaluate_only(arguments: argparse.Namespace, device: torch.device) -> None:
     folder = arguments.output_dir or arguments.eval_only.parent / f"eval-{arguments.test_split}"
     folder.mkdir(parents=True, exist_ok=True)
     final_evaluation(saved, built.model.to(device), built, folder, data, state, device)
-
-
-def output_folder(arguments: argparse.Namespace) -> Path:
-    """Where to write: what was asked for if nothing is lost by it, else the next free folder in runs/."""
-    folder = arguments.output_dir
-    if folder is None and arguments.resume:
-        folder = Path(arguments.resume).parent
-    if folder is None:
-        base = Path("runs") / (arguments.data_dir.resolve().name if arguments.data_dir else "emoji")
-        number = 1
-        folder = base
-        while processes.is_main() and folder.exists():
-            number += 1
-            folder = base.with_name(f"{base.name}-{number}")
-        folder = Path(processes.from_main(str(folder)))
-    elif arguments.resume is None and (folder / "last.pt").exists():
-        raise FileExistsError(
-            f"--output-dir {folder} holds the checkpoint of another run: give --resume to go on with it, "
-            "or another folder"
-        )
-    processes.wait()
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
-
-
-def resume_from(arguments: argparse.Namespace, folder: Path) -> dict[str, Any] | None:
-    if arguments.resume is None:
-        return None
-    path = Path(arguments.resume) if arguments.resume else folder / "last.pt"
-    if not arguments.resume and not path.exists():
-        if processes.is_main():
-            print(f"--resume: no {path} yet, starting from the beginning")
-        return None
-    state = checkpoint.load(path)
-    now = {key: str(x) if isinstance(x, Path) else x for key, x in vars(arguments).items()}
-    changed = checkpoint.differences(state["arguments"], now, may_differ=MAY_DIFFER | {"epochs", "test_split", "five_fold"})
-    if changed:
-        raise ValueError(f"--resume {path}: the run that it goes on with was started otherwise: {'; '.join(changed)}")
-    return state
 
 
 if __name__ == "__main__":

@@ -84,7 +84,9 @@ def load_pairs(folder: Path, split: str, captions_per_image: int = 5) -> Pairs:
     images = len(captions) // captions_per_image
     if features.ndim != 3 or features.dtype != np.float32 or 0 in features.shape:
         raise DataError(
-            features_path, "float32 of shape (images, regions, features)", f"{features.dtype} {features.shape}"
+            features_path,
+            "float32 of shape (images, regions, features)",
+            f"{features.dtype} {features.shape}",
         )
     if len(features) not in (images, len(captions)):
         raise DataError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -18,12 +19,17 @@ def start(device: str) -> torch.device:
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if planned() > 1:
         if device == "cuda":
             device = f"cuda:{os.environ['LOCAL_RANK']}"
             torch.cuda.set_device(device)
         dist.init_process_group("nccl" if device.startswith("cuda") else "gloo", timeout=timedelta(seconds=60))
     return torch.device(device)
+
+
+def planned() -> int:
+    """How many processes torchrun starts; 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def count() -> int:
@@ -93,3 +99,10 @@ def gather_rows(x: Tensor) -> Tensor:
         dist.all_gather(parts, x)
         return torch.cat(parts)
     return torch.cat(torch.distributed.nn.functional.all_gather(x))
+
+
+def progress(items: Any, what: str, **options: Any) -> Any:
+    """A bar on what takes longer than two seconds; only the main process shows it."""
+    from tqdm.auto import tqdm
+
+    return tqdm(items, desc=what, delay=2, leave=False, dynamic_ncols=True, disable=not is_main(), **options)

@@ -30,9 +30,10 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 
 def top_captions(image_embedding: Tensor, text_embedding: Tensor, images: list[int], k: int = 5) -> list[list[int]]:
     """The k captions most similar to each of ``images``."""
-    similarity = torch.nn.functional.normalize(image_embedding[images], dim=1) @ torch.nn.functional.normalize(
-        text_embedding, dim=1
-    ).t()
+    similarity = (
+        torch.nn.functional.normalize(image_embedding[images], dim=1)
+        @ torch.nn.functional.normalize(text_embedding, dim=1).t()
+    )
     return similarity.topk(min(k, similarity.shape[1]), dim=1).indices.tolist()
 
 

@@ -6,10 +6,27 @@ from pathlib import Path
 
 import numpy as np
 
-THINGS = "dog cat horse bird car boat train bike child woman man girl tree house field river".split()
-DOINGS = "runs sits jumps sleeps eats plays waits stands".split()
-COLOURS = "red blue green yellow white black brown grey".split()
-PLACES = "park street beach kitchen garden forest station bridge".split()
+THINGS = [
+    "dog",
+    "cat",
+    "horse",
+    "bird",
+    "car",
+    "boat",
+    "train",
+    "bike",
+    "child",
+    "woman",
+    "man",
+    "girl",
+    "tree",
+    "house",
+    "field",
+    "river",
+]
+DOINGS = ["runs", "sits", "jumps", "sleeps", "eats", "plays", "waits", "stands"]
+COLOURS = ["red", "blue", "green", "yellow", "white", "black", "brown", "grey"]
+PLACES = ["park", "street", "beach", "kitchen", "garden", "forest", "station", "bridge"]
 
 
 def write_folder(

@@ -121,7 +121,9 @@ def test_words_are_augmented_in_the_release_proportions() -> None:
     for _ in range(20000):
         ids = augment_words([[7], [8]], random, 0.2, mask=UNKNOWN, draw=lambda r: 99)
         changed = ids[: len(ids) - (8 in ids[-1:])]
-        outcome["deleted" if not changed else {7: "kept", UNKNOWN: "masked", 99: "replaced"}.get(changed[0], "deleted")] += 1
+        outcome[
+            "deleted" if not changed else {7: "kept", UNKNOWN: "masked", 99: "replaced"}.get(changed[0], "deleted")
+        ] += 1
     share = {name: count / 20000 for name, count in outcome.items()}
     assert share["kept"] == pytest.approx(0.8, abs=0.03)
     assert share["masked"] == pytest.approx(0.1, abs=0.03)
@@ -142,9 +144,15 @@ def test_vocabulary() -> None:
 
 def test_word_vectors_from_text_and_npz(tmp_path: Path) -> None:
     (tmp_path / "v.txt").write_text("2 3\ndog 1 2 3\ncat 4 5 6\n")
-    np.savez(tmp_path / "v.npz", words=np.array(["dog", "cat"]), vectors=np.array([[1, 2, 3], [4, 5, 6]], np.float32))
+    np.savez(
+        tmp_path / "v.npz",
+        words=np.array(["dog", "cat"]),
+        vectors=np.array([[1, 2, 3], [4, 5, 6]], np.float32),
+    )
     for name in ("v.txt", "v.npz"):
-        assert {w: v.tolist() for w, v in read_word_vectors(tmp_path / name, ["cat", "sky"]).items()} == {"cat": [4, 5, 6]}
+        assert {w: v.tolist() for w, v in read_word_vectors(tmp_path / name, ["cat", "sky"]).items()} == {
+            "cat": [4, 5, 6]
+        }
     (tmp_path / "bad.txt").write_text("dog 1 2 3\ncat 4 5\n")
     with pytest.raises(ValueError, match=r"bad\.txt, line 2: expected a word and 3 numbers"):
         read_word_vectors(tmp_path / "bad.txt", ["cat"])
@@ -158,7 +166,10 @@ def test_image_encoder_computes_what_the_release_does(size: str) -> None:
     weights = {k.removeprefix("weights."): v for k, v in recorded.items() if k.startswith("weights.")}
     d = recorded["projected"].shape[2]
     relation = FragmentRelation(
-        d, num_heads=int(recorded["num_heads"]), beta=float(recorded["beta"]), max_pool_k=int(recorded["max_pool_k"])
+        d,
+        num_heads=int(recorded["num_heads"]),
+        beta=float(recorded["beta"]),
+        max_pool_k=int(recorded["max_pool_k"]),
     )
     relation.load_state_dict({k.removeprefix("aggr."): v for k, v in weights.items() if k.startswith("aggr.")})
     encoder = ImageEncoder(recorded["fragments_in"].shape[2], d, relation).eval()

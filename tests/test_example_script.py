@@ -19,8 +19,8 @@ from precomputed import write_folder
 for package in ("tqdm", "tensorboard", "matplotlib"):
     pytest.importorskip(package, reason='the script needs pip install "hrem-layers[examples]"')
 
-import checkpoint
-import flickr30k
+import checkpoint  # noqa: E402
+import flickr30k  # noqa: E402
 
 SCRIPT = Path(flickr30k.__file__)
 SMALL = [
@@ -65,7 +65,9 @@ def wait_for_checkpoint(process: subprocess.Popen, path: Path, epoch: int) -> No
             if place["epoch"] >= epoch and place["batches_done"]:
                 return
         time.sleep(0.02)
-    raise AssertionError(f"no checkpoint in mid-epoch: {process.communicate()[0] if process.poll() is not None else ''}")
+    raise AssertionError(
+        f"no checkpoint in mid-epoch: {process.communicate()[0] if process.poll() is not None else ''}"
+    )
 
 
 @pytest.mark.parametrize("options", [(), ("--sampler", "neighbor", "--mechanism", "standalone", "--num-workers", "1")])
@@ -159,13 +161,23 @@ def test_options_train(data: Path, tmp_path: Path, options: tuple[str, ...]) -> 
 
 def test_bert_from_a_local_folder(data: Path, tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
-    words = sorted({w for line in (data / "train_caps.txt").read_text().lower().split("\n") for w in re.findall(r"\w+|'|\.|,", line)})
+    words = sorted(
+        {
+            w
+            for line in (data / "train_caps.txt").read_text().lower().split("\n")
+            for w in re.findall(r"\w+|'|\.|,", line)
+        }
+    )
     (tmp_path / "bert").mkdir()
     vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words]
     (tmp_path / "bert" / "vocab.txt").write_text("\n".join(vocabulary) + "\n")
     transformers.BertTokenizer(str(tmp_path / "bert" / "vocab.txt")).save_pretrained(tmp_path / "bert")
     config = transformers.BertConfig(
-        vocab_size=len(vocabulary), hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32
+        vocab_size=len(vocabulary),
+        hidden_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=32,
     )
     transformers.BertModel(config).save_pretrained(tmp_path / "bert")
     options = ("--epochs", "1", "--text-encoder", "bert", "--bert", str(tmp_path / "bert"))
@@ -199,7 +211,7 @@ def test_a_kill_while_saving_leaves_the_previous_checkpoint(tmp_path: Path, monk
     path = tmp_path / "last.pt"
     checkpoint.save(path, {"arguments": {}, "x": torch.ones(3)})
 
-    def half(state: dict, file) -> None:  # noqa: ANN001
+    def half(state: dict, file) -> None:
         file.write(b"half of a checkpoint")
         raise KeyboardInterrupt
 
