@@ -28,8 +28,10 @@ WHERE = (
 class DataError(ValueError):
     """A file of the data folder is missing or does not fit. The message says which, what and where from."""
 
-    def __init__(self, path: Path, expected: str, found: str) -> None:
-        super().__init__(f"{path}: expected {expected}, found {found}. {WHERE}")
+
+def misfit(path: Path, expected: str, found: str) -> DataError:
+    # built outside of __init__, so that a worker's error reaches the main process as what it is
+    return DataError(f"{path}: expected {expected}, found {found}. {WHERE}")
 
 
 class Pairs(NamedTuple):
@@ -49,7 +51,7 @@ class Pairs(NamedTuple):
         """The regions (R, F) of image ``i``, read from disk."""
         regions = np.array(self.features[i * self.rows_per_image])
         if not np.isfinite(regions).all():
-            raise DataError(self.path, "finite features", f"NaN or inf in row {i * self.rows_per_image}")
+            raise misfit(self.path, "finite features", f"NaN or inf in row {i * self.rows_per_image}")
         return regions
 
 
@@ -61,18 +63,18 @@ def load_pairs(folder: Path, split: str, captions_per_image: int = 5) -> Pairs:
     """
     features_path, captions_path = folder / f"{split}_ims.npy", folder / f"{split}_caps.txt"
     if not folder.is_dir():
-        raise DataError(folder, "a folder with {train,dev,test}_ims.npy and _caps.txt", "no such folder")
+        raise misfit(folder, "a folder with {train,dev,test}_ims.npy and _caps.txt", "no such folder")
     for path in (features_path, captions_path):
         if not path.is_file():
             others = ", ".join(sorted(p.name for p in folder.iterdir())[:12]) or "nothing"
-            raise DataError(path, "a file", f"none; the folder holds {others}")
+            raise misfit(path, "a file", f"none; the folder holds {others}")
 
     captions = captions_path.read_text(encoding="utf-8").splitlines()
     for number, caption in enumerate(captions, start=1):
         if not caption.strip():
-            raise DataError(captions_path, "a caption on every line", f"an empty line {number} of {len(captions)}")
+            raise misfit(captions_path, "a caption on every line", f"an empty line {number} of {len(captions)}")
     if not captions or len(captions) % captions_per_image:
-        raise DataError(
+        raise misfit(
             captions_path,
             f"{captions_per_image} captions an image, a caption a line",
             f"{len(captions)} lines, which is no multiple of {captions_per_image}",
@@ -80,16 +82,16 @@ def load_pairs(folder: Path, split: str, captions_per_image: int = 5) -> Pairs:
     try:
         features = np.load(features_path, mmap_mode="r")
     except (ValueError, OSError, EOFError) as error:
-        raise DataError(features_path, "a complete .npy array", f"a file that NumPy cannot open ({error})") from error
+        raise misfit(features_path, "a complete .npy array", f"a file that NumPy cannot open ({error})") from error
     images = len(captions) // captions_per_image
     if features.ndim != 3 or features.dtype != np.float32 or 0 in features.shape:
-        raise DataError(
+        raise misfit(
             features_path,
             "float32 of shape (images, regions, features)",
             f"{features.dtype} {features.shape}",
         )
     if len(features) not in (images, len(captions)):
-        raise DataError(
+        raise misfit(
             features_path,
             f"{images} rows (one an image) or {len(captions)} (one a caption), as {captions_path.name} has "
             f"{len(captions)} lines",
@@ -100,7 +102,7 @@ def load_pairs(folder: Path, split: str, captions_per_image: int = 5) -> Pairs:
         for image in {0, images // 2, images - 1}:
             rows = features[image * rows_per_image : (image + 1) * rows_per_image]
             if not (rows == rows[0]).all():
-                raise DataError(
+                raise misfit(
                     features_path,
                     f"every image {rows_per_image} times in a row, as there are as many rows as captions",
                     f"different rows {image * rows_per_image} to {(image + 1) * rows_per_image - 1}",

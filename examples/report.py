@@ -48,8 +48,8 @@ def draw(
 ) -> None:
     """Training curves above, a handful of images with the captions retrieved below; right ones green and ticked.
 
-    ``history``: a dict an epoch with ``loss``, ``base_loss`` and the dev recalls. ``pictures`` (n, H, W, 3) uint8, or None
-    where the data holds features only: then an image is shown by its number.
+    ``history``: a dict an epoch with ``loss``, ``base_loss`` and the dev recalls. ``pictures`` (n, H, W, 3) uint8,
+    or None where the data holds features only: then an image is shown by its number.
     """
     try:
         import matplotlib

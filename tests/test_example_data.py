@@ -13,6 +13,7 @@ from encoders import BiGRUEncoder, ImageEncoder, MaskedBatchNorm
 from pair_data import DataError, TrainingPairs, collate, load_pairs
 from precomputed import write_folder
 from text_tokens import UNKNOWN, Vocabulary, augment_words, read_word_vectors, words
+from torch.utils.data import DataLoader
 
 from hrem_layers import FragmentRelation
 
@@ -87,6 +88,15 @@ def test_nan_features_are_named_when_read(data: Path) -> None:
     pairs = load_pairs(data, "train")
     with pytest.raises(DataError, match="NaN or inf in row 3"):
         pairs.image(3)
+
+
+def test_a_workers_error_reaches_the_main_process_as_it_is(data: Path) -> None:
+    features = np.load(data / "train_ims.npy")
+    features[3] = np.inf
+    np.save(data / "train_ims.npy", features)
+    dataset = TrainingPairs(load_pairs(data, "train"), Vocabulary(["a"], augment=0.0), region_drop=0.0, seed=0)
+    with pytest.raises(DataError, match=r"train_ims\.npy: expected finite features, found NaN or inf in row 3"):
+        list(DataLoader(dataset, batch_sampler=[[0, 15]], collate_fn=collate, num_workers=1))
 
 
 def test_training_items_depend_on_seed_epoch_and_index_only(data: Path) -> None:
