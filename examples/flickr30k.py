@@ -139,11 +139,16 @@ def build(arguments: argparse.Namespace, feature_dim: int, vocabulary: list[str]
 
 
 def make_optimizer(model: RetrievalModel, arguments: argparse.Namespace) -> torch.optim.Optimizer:
-    bert = list(model.text_encoder.bert.parameters()) if arguments.text_encoder == "bert" else []
-    slow = {id(p) for p in bert}
-    groups = [{"params": [p for p in model.parameters() if id(p) not in slow], "lr": arguments.lr, "name": "lr"}]
-    if bert:
-        groups.append({"params": bert, "lr": arguments.lr * 0.1, "name": "lr_bert"})
+    """AdamW; what is pretrained learns more slowly."""
+    if arguments.text_encoder == "bert":
+        name, pretrained, factor = "lr_bert", list(model.text_encoder.bert.parameters()), 0.1
+    else:
+        name, pretrained, factor = "lr_words", list(model.text_encoder.words.parameters()), arguments.word_lr_factor
+    slow = {id(p) for p in pretrained}
+    groups = [
+        {"params": [p for p in model.parameters() if id(p) not in slow], "lr": arguments.lr, "name": "lr"},
+        {"params": pretrained, "lr": arguments.lr * factor, "name": name},
+    ]
     return torch.optim.AdamW(groups, weight_decay=arguments.weight_decay)
 
 
@@ -374,17 +379,21 @@ def train_and_evaluate(arguments: argparse.Namespace, device: torch.device) -> N
     vectors = arguments.word_vectors
     if arguments.data_dir is None and vectors is None and arguments.text_encoder == "bigru":
         vectors = data / "word_vectors.npz"
+    train_pairs = load_pairs(data, "train", arguments.captions_per_image)
+    dev_pairs = load_pairs(data, "dev", arguments.captions_per_image)
     folder = checkpoint.output_folder(arguments)
     resumed = checkpoint.resume_from(arguments, folder)
 
     torch.manual_seed(arguments.seed)
-    train_pairs = load_pairs(data, "train", arguments.captions_per_image)
-    dev_pairs = load_pairs(data, "dev", arguments.captions_per_image)
     vocabulary: list[str] = []
     if arguments.text_encoder == "bigru":
         vocabulary = Vocabulary.of(
             train_pairs.captions, min_count=arguments.vocabulary_min_count, augment=arguments.word_drop
         ).known
+        if arguments.open_vocabulary:
+            if vectors is None:
+                raise ValueError("--open-vocabulary needs --word-vectors")
+            vocabulary += sorted(read_word_vectors(vectors, None).keys() - set(vocabulary))
     built = build(arguments, train_pairs.features.shape[2], vocabulary, vectors)
     run = Run(built, arguments, device)
     # the model starts the same on every process; what is drawn from here on is drawn by each for itself

@@ -13,10 +13,12 @@ import processes
 RELEASE = {
     "epochs": 30, "batch_size": 128, "embed_dim": 1024, "num_heads": 16, "lr": 5e-4, "lr_steps": [15, 25],
     "warmup_steps": 8000, "vocabulary_min_count": 4, "checkpoint_every": 500, "text_encoder": "bert",
+    "open_vocabulary": False, "word_lr_factor": 1.0,
 }  # fmt: skip
 DEMO = {
     "epochs": 12, "batch_size": 128, "embed_dim": 256, "num_heads": 8, "lr": 1e-3, "lr_steps": [8, 11],
     "warmup_steps": 100, "vocabulary_min_count": 1, "checkpoint_every": 50, "text_encoder": "bigru",
+    "open_vocabulary": True, "word_lr_factor": 0.2,
 }  # fmt: skip
 # Options in which a resumed run may differ from the run that it resumes without changing its numbers
 MAY_DIFFER = {
@@ -63,6 +65,9 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     )
     add("--bert", "BERT: local folder or hub name", default="bert-base-uncased")
     add("--word-vectors", "bigru: pretrained vectors, GloVe text or .npz", type=Path)
+    add("--open-vocabulary", "bigru: know all words of --word-vectors, also those that training never saw",
+        action=argparse.BooleanOptionalAction)  # fmt: skip
+    add("--word-lr-factor", "bigru: learning rate of the word vectors, times this", type=float)
     add("--vocabulary-min-count", "bigru: occurrences that make a word known", type=int)
     add("--embed-dim", "size of the joint space", type=int)
     add("--num-heads", "attention heads of all transformer layers", type=int)

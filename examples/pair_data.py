@@ -3,6 +3,7 @@
 A folder holds, for every split, ``{split}_ims.npy`` (n, R, F) float32, the features of R regions an image,
 and ``{split}_caps.txt``, a caption a line, the captions of one image together. In some distributions of the
 data the rows of dev and test are repeated once per caption; then rows = captions, and every fifth is kept.
+If there is a ``train_ids.npy`` (n,), images with equal ids show the same thing: positives of one another.
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ class Pairs(NamedTuple):
     captions: list[str]
     captions_per_image: int
     rows_per_image: int
+    ids: np.ndarray  # [images] int64
     path: Path
 
     @property
@@ -107,7 +109,13 @@ def load_pairs(folder: Path, split: str, captions_per_image: int = 5) -> Pairs:
                     f"every image {rows_per_image} times in a row, as there are as many rows as captions",
                     f"different rows {image * rows_per_image} to {(image + 1) * rows_per_image - 1}",
                 )
-    return Pairs(features, [c.strip() for c in captions], captions_per_image, rows_per_image, features_path)
+    ids = np.arange(images)
+    ids_path = folder / f"{split}_ids.npy"
+    if ids_path.is_file():
+        ids = np.load(ids_path)
+        if ids.shape != (images,) or not np.issubdtype(ids.dtype, np.integer):
+            raise misfit(ids_path, f"integers of shape ({images},), an id an image", f"{ids.dtype} {ids.shape}")
+    return Pairs(features, [c.strip() for c in captions], captions_per_image, rows_per_image, ids, features_path)
 
 
 class Batch(NamedTuple):
@@ -160,7 +168,7 @@ class TrainingPairs(Dataset):
         keep = random.random(len(regions)) >= self.region_drop
         keep[random.integers(len(regions))] = True  # never all of them
         tokens = self.encode(self.pairs.captions[i], random)
-        return torch.from_numpy(regions[keep]), torch.tensor(tokens), image
+        return torch.from_numpy(regions[keep]), torch.tensor(tokens), int(self.pairs.ids[image])
 
 
 def collate(items: Sequence[tuple[Tensor, Tensor, int]]) -> Batch:

@@ -93,15 +93,15 @@ def augment_words(
     return kept or ids[int(random.integers(len(ids)))]
 
 
-def read_word_vectors(path: Path, wanted: Iterable[str]) -> dict[str, np.ndarray]:
-    """Vectors of the ``wanted`` words from a GloVe-style text file or an .npz with ``words`` and ``vectors``.
+def read_word_vectors(path: Path, wanted: Iterable[str] | None) -> dict[str, np.ndarray]:
+    """Vectors of the ``wanted`` words (None: of all) in a GloVe-style text file or .npz of ``words`` and ``vectors``.
 
     Raises:
         ValueError: the file is missing or is neither form.
     """
     if not path.is_file():
         raise ValueError(f"--word-vectors: expected a file of word vectors, found no file {path}")
-    wanted = set(wanted)
+    wanted = None if wanted is None else set(wanted)
     if path.suffix == ".npz":
         with np.load(path, allow_pickle=False) as archive:
             missing = {"words", "vectors"} - set(archive.files)
@@ -110,7 +110,7 @@ def read_word_vectors(path: Path, wanted: Iterable[str]) -> dict[str, np.ndarray
             return {
                 str(w): v
                 for w, v in zip(archive["words"], archive["vectors"].astype(np.float32), strict=True)
-                if str(w) in wanted
+                if wanted is None or str(w) in wanted
             }
     vectors: dict[str, np.ndarray] = {}
     size = None
@@ -123,7 +123,7 @@ def read_word_vectors(path: Path, wanted: Iterable[str]) -> dict[str, np.ndarray
             try:
                 if len(values) != size:
                     raise ValueError(f"{len(values)} numbers")
-                if word in wanted:
+                if wanted is None or word in wanted:
                     vectors[word] = np.array(values, dtype=np.float32)
             except ValueError as error:
                 raise ValueError(

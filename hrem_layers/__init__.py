@@ -11,6 +11,8 @@ from hrem_layers.interaction import RelationInteraction
 from hrem_layers.loss import HREMLoss, HREMTerms
 from hrem_layers.losses import InfoNCELoss, TripletLoss
 from hrem_layers.relation_graph import RelationGraph
+from hrem_layers.retrieval import RetrievalMetrics, retrieval_metrics
+from hrem_layers.sampler import NeighborBatchSampler
 
 __version__ = "0.1.0"
 
@@ -20,8 +22,11 @@ __all__ = [
     "HREMLoss",
     "HREMTerms",
     "InfoNCELoss",
+    "NeighborBatchSampler",
     "RelationGraph",
     "RelationInteraction",
+    "RetrievalMetrics",
     "TripletLoss",
     "align_fragments",
+    "retrieval_metrics",
 ]

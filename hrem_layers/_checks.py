@@ -92,12 +92,16 @@ def check_bool_tensor(
 def _check_shape(
     name: str, tensor: object, shape: tuple[int | str, ...], device: torch.device | None
 ) -> None:
-    expected = "(" + ", ".join(map(str, shape)) + ("," if len(shape) == 1 else "") + ")"
     if not isinstance(tensor, Tensor):
-        raise TypeError(f"{name} must be a tensor of shape {expected}, got {type(tensor).__name__}")
+        raise TypeError(f"{name} must be a tensor of shape {_tuple(shape)}, got {type(tensor).__name__}")
     if tensor.dim() != len(shape) or any(
         not isinstance(want, str) and got != want for got, want in zip(tensor.shape, shape, strict=True)
     ):
-        raise ValueError(f"{name} must have shape {expected}, got {describe(tensor)}")
+        raise ValueError(f"{name} must have shape {_tuple(shape)}, got {describe(tensor)}")
     if device is not None and tensor.device != device:
         raise ValueError(f"{name} must be on {device} like the other inputs, got {describe(tensor)}")
+
+
+def _tuple(shape: tuple[int | str, ...]) -> str:
+    # only for a message: torch.compile cannot print a size that it keeps symbolic
+    return "(" + ", ".join(map(str, shape)) + ("," if len(shape) == 1 else "") + ")"

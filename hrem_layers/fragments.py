@@ -47,6 +47,8 @@ class FragmentRelation(nn.Module):
     ) -> None:
         super().__init__()
         self.embed_dim = check_int("embed_dim", embed_dim, minimum=1)
+        self.num_heads, self.num_layers, self.dropout = num_heads, num_layers, dropout
+        self.ffn_dim = embed_dim if ffn_dim is None else ffn_dim
         self.beta = check_number("beta", beta, minimum=0, maximum=1)
         self.max_pool_k = check_int("max_pool_k", max_pool_k, minimum=1)
         self.layers = nn.ModuleList(
@@ -55,7 +57,10 @@ class FragmentRelation(nn.Module):
         )
 
     def extra_repr(self) -> str:
-        return f"{self.embed_dim}, beta={self.beta}, max_pool_k={self.max_pool_k}"
+        return (
+            f"{self.embed_dim}, num_heads={self.num_heads}, num_layers={self.num_layers}, ffn_dim={self.ffn_dim}, "
+            f"dropout={self.dropout}, beta={self.beta}, max_pool_k={self.max_pool_k}"
+        )
 
     def forward(self, fragments: Tensor, mask: Tensor | None = None) -> Tensor:
         """

@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hrem_layers._checks import check_bool, check_choice, check_int, check_number, check_tensor
 from hrem_layers.alignment import MODES, align_fragments
-from hrem_layers.masked import compute_dtype, cosine_matrix, l2_normalize
-from hrem_layers.relation_graph import RelationGraph
+from hrem_layers.candidates import align_candidates, scatter_rows
+from hrem_layers.distributed import Shares
+from hrem_layers.masked import autocast_dtype, compute_dtype, cosine_matrix, l2_normalize
+from hrem_layers.relation_graph import RelationGraph, check_graph
+
+
+class _Direction(NamedTuple):
+    """Across the modalities, rows receive: p and S of all pairs (N, M), or of the candidates (N, k)."""
+
+    mean: Tensor
+    relevance: Tensor
 
 
 class AssociationGraph(nn.Module):
@@ -37,6 +48,13 @@ class AssociationGraph(nn.Module):
         detach_fragments: no gradient from p and q to the fragments. False costs two more products of all
             words by all regions, in memory that stays bounded.
         chunk_size: image-text pairs aligned at one time; see :func:`hrem_layers.align_fragments`.
+        candidates: None = p, q and S for all N² pairs. An integer k: across modalities each row (an image and
+            its texts, a text and its images) has p, q and S only for the k nodes of the other modality whose
+            embeddings have the largest cosine with its own; k ≥ N is the same as None. A pair that is no
+            candidate has no edge and relevance 0; a row has at most k edges across; L_reg compares the two
+            distributions over the row's candidates. No gradient flows through the choice. The cost of the
+            alignment grows as N·k instead of N²; each direction aligns its own candidates, so from k = N/2
+            on None costs less. See docs/scaling.md.
     """
 
     def __init__(
@@ -49,6 +67,7 @@ class AssociationGraph(nn.Module):
         alignment: str = "scan",
         detach_fragments: bool = True,
         chunk_size: int | None = None,
+        candidates: int | None = None,
     ) -> None:
         super().__init__()
         self.topk = check_int("topk", topk, minimum=1)
@@ -58,6 +77,7 @@ class AssociationGraph(nn.Module):
         self.alignment = check_choice("alignment", alignment, MODES)
         self.detach_fragments = check_bool("detach_fragments", detach_fragments)
         self.chunk_size = None if chunk_size is None else check_int("chunk_size", chunk_size, minimum=1)
+        self.candidates = None if candidates is None else check_int("candidates", candidates, minimum=1)
         self.mlp_i2t = _relevance_mlp(topk)
         self.mlp_t2i = _relevance_mlp(topk)
 
@@ -65,7 +85,8 @@ class AssociationGraph(nn.Module):
         return (
             f"topk={self.topk}, neighbor_ratio={self.neighbor_ratio}, sigma={self.sigma}, "
             f"squared_distance={self.squared_distance}, alignment={self.alignment!r}, "
-            f"detach_fragments={self.detach_fragments}, chunk_size={self.chunk_size}"
+            f"detach_fragments={self.detach_fragments}, chunk_size={self.chunk_size}, "
+            f"candidates={self.candidates}"
         )
 
     def forward(
@@ -76,6 +97,8 @@ class AssociationGraph(nn.Module):
         text_fragments: Tensor,
         image_mask: Tensor | None = None,
         text_mask: Tensor | None = None,
+        *,
+        shares: Shares | None = None,
     ) -> RelationGraph:
         """
         Args:
@@ -84,6 +107,8 @@ class AssociationGraph(nn.Module):
             text_fragments: (N, W, F) words, W at least 1.
             image_mask: (N, R) bool, True = real; None = all real.
             text_mask: (N, W) likewise.
+            shares: for HREMLoss under ``torch.distributed``: the embeddings are those of all processes,
+                fragments and masks those of this one, and the alignment is shared among the processes.
 
         Returns:
             RelationGraph of connection (2N, 2N) bool and relevance (2N, 2N) in the dtype of the embeddings
@@ -96,32 +121,41 @@ class AssociationGraph(nn.Module):
         n, d = image_embedding.shape
         device = image_embedding.device
         check_tensor("text_embedding", text_embedding, (n, d), device=device)
-        check_tensor("image_fragments", image_fragments, (n, "R", "F"), device=device)
-        check_tensor("text_fragments", text_fragments, (n, "W", image_fragments.shape[2]), device=device)
+        own = n if shares is None else shares.sizes[shares.rank]
+        check_tensor("image_fragments", image_fragments, (own, "R", "F"), device=device)
+        check_tensor("text_fragments", text_fragments, (own, "W", image_fragments.shape[2]), device=device)
         if n < 1:
             raise ValueError("image_embedding must hold at least 1 item, got an empty batch")
 
         if self.detach_fragments:
             image_fragments, text_fragments = image_fragments.detach(), text_fragments.detach()
-        aligned = align_fragments(
-            image_fragments, text_fragments, image_mask, text_mask,
-            topk=self.topk, mode=self.alignment, chunk_size=self.chunk_size,
-        )  # fmt: skip
         images, texts = (_normalize_wide(x) for x in (image_embedding, text_embedding))
+        fragments = image_fragments, text_fragments, image_mask, text_mask
         k = _neighbors(n, self.neighbor_ratio)
+        if self.candidates is None or self.candidates >= n:
+            i2t, t2i = self._all_pairs(*fragments) if shares is None else self._all_pairs_shared(*fragments, shares)
+            edges_i2t, edges_t2i = nearest(i2t.mean, k), nearest(t2i.mean, k)
+            relevance_i2t, relevance_t2i = i2t.relevance, t2i.relevance
+        else:
+            index = _candidate_index(images, texts, self.candidates)
+            edges_k = min(k, self.candidates)
+            (edges_i2t, relevance_i2t), (edges_t2i, relevance_t2i) = (
+                (scatter_rows(nearest(x.mean, edges_k), where), scatter_rows(x.relevance, where))
+                for x, where in zip(self._candidate_pairs(*fragments, index, shares), index, strict=True)
+            )
         connection = torch.cat(
             [
-                torch.cat([nearest(cosine_matrix(images, images), k), nearest(aligned.mean_i2t, k)], dim=1),
-                torch.cat([nearest(aligned.mean_t2i, k), nearest(cosine_matrix(texts, texts), k)], dim=1),
+                torch.cat([nearest(cosine_matrix(images, images), k), edges_i2t], dim=1),
+                torch.cat([edges_t2i, nearest(cosine_matrix(texts, texts), k)], dim=1),
             ]
         )  # [2n, 2n]
         relevance = torch.cat(
             [
-                torch.cat([self._within(images), _across(self.mlp_i2t, aligned.top_i2t, aligned.mean_i2t)], dim=1),
-                torch.cat([_across(self.mlp_t2i, aligned.top_t2i, aligned.mean_t2i), self._within(texts)], dim=1),
+                torch.cat([self._within(images), relevance_i2t], dim=1),
+                torch.cat([relevance_t2i, self._within(texts)], dim=1),
             ]
         )  # [2n, 2n]
-        if not torch.is_autocast_enabled(device.type):
+        if autocast_dtype(device) is None:
             relevance = relevance.to(image_embedding.dtype)
         return RelationGraph(connection, relevance)
 
@@ -135,12 +169,88 @@ class AssociationGraph(nn.Module):
 
         softmax over each row, mean over rows; G on normalised embeddings, without gradient. A scalar in
         float32 or better.
+
+        Raises:
+            TypeError, ValueError: an argument has the wrong type, dtype, shape or device.
         """
+        check_tensor("image_embedding", image_embedding, ("N", "D"))
+        n, d = image_embedding.shape
+        check_tensor("text_embedding", text_embedding, (n, d), device=image_embedding.device)
+        check_graph(graph, 2 * n, image_embedding.device)
         images, texts = (_normalize_wide(x.detach()) for x in (image_embedding, text_embedding))
         guide = distance_relevance(images, texts, self.sigma, squared=self.squared_distance)
-        n = guide.shape[0]
         learned = graph.relevance.to(guide.dtype)
-        return _row_kl(learned[:n, n:], guide) + _row_kl(learned[n:, :n], guide.t())
+        i2t, t2i, guide_i2t, guide_t2i = learned[:n, n:], learned[n:, :n], guide, guide.t()
+        if self.candidates is not None and self.candidates < n:
+            index_i2t, index_t2i = _candidate_index(images, texts, self.candidates)  # the same as in forward
+            i2t, guide_i2t = i2t.gather(1, index_i2t), guide_i2t.gather(1, index_i2t)
+            t2i, guide_t2i = t2i.gather(1, index_t2i), guide_t2i.gather(1, index_t2i)
+        return _row_kl(i2t, guide_i2t) + _row_kl(t2i, guide_t2i)
+
+    def _all_pairs(
+        self, images: Tensor, texts: Tensor, image_mask: Tensor | None, text_mask: Tensor | None
+    ) -> tuple[_Direction, _Direction]:
+        """Fragments (I, R, F) and (T, W, F) -> p and S, (I, T) and (T, I)."""
+        aligned = align_fragments(
+            images, texts, image_mask, text_mask,
+            topk=self.topk, mode=self.alignment, chunk_size=self.chunk_size,
+        )  # fmt: skip
+        return (
+            _Direction(aligned.mean_i2t, _across(self.mlp_i2t, aligned.top_i2t, aligned.mean_i2t)),
+            _Direction(aligned.mean_t2i, _across(self.mlp_t2i, aligned.top_t2i, aligned.mean_t2i)),
+        )
+
+    def _all_pairs_shared(
+        self, images: Tensor, texts: Tensor, image_mask: Tensor | None, text_mask: Tensor | None, shares: Shares
+    ) -> tuple[_Direction, _Direction]:
+        """The same over all processes: each aligns its texts with all images (or its images with all texts,
+        if those are the narrower ones to send), and p and S are put together. q stays where it was made."""
+        texts_stay = shares.image_width <= shares.text_width
+        if texts_stay:
+            images, image_mask = shares.gather_images(images, image_mask)
+        else:
+            texts, text_mask = shares.gather_texts(texts, text_mask)
+        i2t, t2i = self._all_pairs(images, texts, image_mask, text_mask)
+
+        def put_together(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+            stacked = torch.stack([x.t(), y] if texts_stay else [x, y.t()], dim=1)  # [own, 2, N]
+            x, y = shares.gather_results(stacked).unbind(1)  # [N, N] each
+            return (x.t(), y) if texts_stay else (x, y.t())
+
+        means = put_together(i2t.mean.detach(), t2i.mean.detach())  # only for the connection
+        relevances = put_together(i2t.relevance, t2i.relevance)
+        return tuple(_Direction(*both) for both in zip(means, relevances, strict=True))  # type: ignore[return-value]
+
+    def _candidate_pairs(
+        self,
+        images: Tensor,
+        texts: Tensor,
+        image_mask: Tensor | None,
+        text_mask: Tensor | None,
+        index: tuple[Tensor, Tensor],
+        shares: Shares | None,
+    ) -> tuple[_Direction, _Direction]:
+        """p and S of every row's candidates, (N, k) each; over several processes each does its own rows."""
+        index_i2t, index_t2i = index
+        all_images, all_texts = (images, image_mask), (texts, text_mask)
+        if shares is not None:
+            index_i2t, index_t2i = index_i2t[shares.own], index_t2i[shares.own]
+            all_images, all_texts = shares.gather_images(*all_images), shares.gather_texts(*all_texts)
+
+        def align(rows: Tensor, mask: Tensor | None, others: tuple, where: Tensor, mlp: nn.Module) -> _Direction:
+            mean, top = align_candidates(
+                rows, others[0], mask, others[1], where,
+                topk=self.topk, mode=self.alignment, chunk_size=self.chunk_size,
+            )  # fmt: skip
+            relevance = _across(mlp, top, mean)
+            if shares is None:
+                return _Direction(mean, relevance)
+            return _Direction(shares.gather_results(mean.detach()), shares.gather_results(relevance))
+
+        return (
+            align(images, image_mask, all_texts, index_i2t, self.mlp_i2t),
+            align(texts, text_mask, all_images, index_t2i, self.mlp_t2i),
+        )
 
     def _within(self, x: Tensor) -> Tensor:
         return distance_relevance(x, x, self.sigma, squared=self.squared_distance)
@@ -161,6 +271,12 @@ def distance_relevance(x: Tensor, y: Tensor, sigma: float, *, squared: bool) -> 
     """
     distance = torch.cdist(x, y, compute_mode="donot_use_mm_for_euclid_dist")  # [n, m]
     return torch.exp(-(distance.square() if squared else distance) / sigma)
+
+
+def _candidate_index(images: Tensor, texts: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Per image the ``k`` texts, per text the ``k`` images of largest cosine: (N, k) each, no gradient."""
+    cosine = cosine_matrix(images.detach(), texts.detach())
+    return cosine.topk(k, dim=1).indices, cosine.t().topk(k, dim=1).indices
 
 
 def _relevance_mlp(topk: int) -> nn.Sequential:

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from hrem_layers._checks import check_choice, check_int, check_number, check_tensor
 from hrem_layers.masked import l2_normalize
-from hrem_layers.relation_graph import RelationGraph
+from hrem_layers.relation_graph import RelationGraph, check_graph
 from hrem_layers.transformer import TransformerLayer
 
 MECHANISMS = ("fusion", "standalone")
@@ -53,6 +53,8 @@ class RelationInteraction(nn.Module):
         super().__init__()
         self.embed_dim = check_int("embed_dim", embed_dim, minimum=1)
         self.mechanism = check_choice("mechanism", mechanism, MECHANISMS)
+        self.num_heads, self.num_layers, self.dropout = num_heads, num_layers, dropout
+        self.ffn_dim = embed_dim if ffn_dim is None else ffn_dim
         self.relation_weight = check_number("relation_weight", relation_weight)
         check_int("num_layers", num_layers, minimum=1)
         options = {"num_heads": num_heads, "ffn_dim": ffn_dim, "dropout": dropout}
@@ -69,7 +71,11 @@ class RelationInteraction(nn.Module):
             )
 
     def extra_repr(self) -> str:
-        return f"{self.embed_dim}, mechanism={self.mechanism!r}, relation_weight={self.relation_weight}"
+        return (
+            f"{self.embed_dim}, mechanism={self.mechanism!r}, num_heads={self.num_heads}, "
+            f"num_layers={self.num_layers}, ffn_dim={self.ffn_dim}, dropout={self.dropout}, "
+            f"relation_weight={self.relation_weight}"
+        )
 
     def forward(
         self, image_embedding: Tensor, text_embedding: Tensor, graph: RelationGraph
@@ -88,9 +94,7 @@ class RelationInteraction(nn.Module):
         check_tensor("image_embedding", image_embedding, ("N", self.embed_dim))
         n = image_embedding.shape[0]
         check_tensor("text_embedding", text_embedding, (n, self.embed_dim), device=image_embedding.device)
-        if not isinstance(graph, RelationGraph):
-            raise TypeError(f"graph must be a RelationGraph, got {type(graph).__name__}")
-        graph.check(2 * n, image_embedding.device)
+        check_graph(graph, 2 * n, image_embedding.device)
 
         images, texts = l2_normalize(image_embedding), l2_normalize(text_embedding)
         return (self._fusion if self.mechanism == "fusion" else self._standalone)(images, texts, graph)

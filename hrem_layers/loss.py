@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -9,11 +10,19 @@ import torch
 from torch import Tensor, nn
 
 from hrem_layers._checks import check_bool, check_int, check_number, check_tensor, describe
-from hrem_layers.distributed import Batch, broadcast_first, gather_batch, is_distributed
+from hrem_layers.distributed import (
+    Batch,
+    Shares,
+    agree,
+    check_own_batch,
+    gather_batch,
+    is_distributed,
+    one_random_stream,
+)
 from hrem_layers.graph import AssociationGraph
 from hrem_layers.interaction import RelationInteraction
 from hrem_layers.losses import TripletLoss
-from hrem_layers.masked import compute_dtype, cosine_matrix, l2_normalize
+from hrem_layers.masked import cosine_matrix, l2_normalize
 
 
 class HREMTerms(NamedTuple):
@@ -78,10 +87,9 @@ class HREMLoss(nn.Module):
         for name, module in (("graph", graph), ("interaction", interaction)):
             if module is not None and not isinstance(module, nn.Module):
                 raise TypeError(f"{name} must be a torch.nn.Module or None, got {type(module).__name__}")
-        if pair_loss is not None and not callable(pair_loss):
-            raise TypeError(
-                f"pair_loss must be a callable (similarity, positives) -> scalar, got {type(pair_loss).__name__}"
-            )
+        if pair_loss is not None and (not callable(pair_loss) or isinstance(pair_loss, type)):
+            got = f"the class {pair_loss.__name__}" if isinstance(pair_loss, type) else type(pair_loss).__name__
+            raise TypeError(f"pair_loss must be a callable (similarity, positives) -> scalar, got {got}")
         self.enhanced_weight = check_number("enhanced_weight", enhanced_weight, minimum=0)
         self.cross_weight = check_number("cross_weight", cross_weight, minimum=0)
         self.regularization_weight = check_number("regularization_weight", regularization_weight, minimum=0)
@@ -97,6 +105,8 @@ class HREMLoss(nn.Module):
             f"{self.embed_dim}, enhanced_weight={self.enhanced_weight}, cross_weight={self.cross_weight}, "
             f"regularization_weight={self.regularization_weight}, warmup_steps={self.warmup_steps}, "
             f"gather_distributed={self.gather_distributed}"
+            # a module is printed below, like graph and interaction
+            + ("" if isinstance(self.pair_loss, nn.Module) else f", pair_loss={self.pair_loss!r}")
         )
 
     def forward(
@@ -139,30 +149,51 @@ class HREMLoss(nn.Module):
         Raises:
             TypeError, ValueError: an argument has the wrong type, dtype, shape or device.
         """
-        check_tensor("image_embedding", image_embedding, ("N", self.embed_dim))
-        n, device = image_embedding.shape[0], image_embedding.device
-        check_tensor("text_embedding", text_embedding, (n, self.embed_dim), device=device)
-        if image_ids is not None:
-            _check_ids(image_ids, n, device)
         batch = Batch(
-            l2_normalize(image_embedding), l2_normalize(text_embedding),
-            image_fragments, text_fragments, image_mask, text_mask, image_ids,
-        )  # fmt: skip
-        gathered = self.gather_distributed and is_distributed()
-        if gathered:
-            batch = gather_batch(batch)
+            image_embedding, text_embedding, image_fragments, text_fragments, image_mask, text_mask, image_ids
+        )
+        if self.gather_distributed and is_distributed():
+            return self._gathered_terms(batch)
+        self._check(batch)
+        return self._terms(_normalized(batch))
+
+    def _check(self, batch: Batch) -> None:
+        check_tensor("image_embedding", batch.image_embedding, ("N", self.embed_dim))
+        n, device = batch.image_embedding.shape[0], batch.image_embedding.device
+        check_tensor("text_embedding", batch.text_embedding, (n, self.embed_dim), device=device)
+        if batch.image_ids is not None:
+            _check_ids(batch.image_ids, n, device)
+
+    def _gathered_terms(self, own: Batch) -> HREMTerms:
+        problem = None
+        try:
+            self._check(own)
+            check_own_batch(own)
+        except (TypeError, ValueError) as error:
+            problem = error  # the other processes wait: tell them first
+        device = self.step.device if problem is not None else own.image_embedding.device
+        shares = agree(own, problem, training=self.training, device=device)
+        # a graph that can share its work gets its own process's fragments, any other those of all
+        share = "shares" in inspect.signature(self.graph.forward).parameters
+        with one_random_stream(device):
+            batch = gather_batch(_normalized(own), shares, fragments=not share)
+            return self._terms(batch, shares if share else None)
+
+    def _terms(self, batch: Batch, shares: Shares | None = None) -> HREMTerms:
         v, u = batch.image_embedding, batch.text_embedding
-        graph = self.graph(v, u, batch.image_fragments, batch.text_fragments, batch.image_mask, batch.text_mask)
+        options = {} if shares is None else {"shares": shares}
+        graph = self.graph(
+            v, u, batch.image_fragments, batch.text_fragments, batch.image_mask, batch.text_mask, **options
+        )
         v_enhanced, u_enhanced = (l2_normalize(x) for x in self.interaction(v, u, graph))
         positives = _positives(batch.image_ids, v)
 
         def pair(x: Tensor, y: Tensor) -> Tensor:
-            similarity = cosine_matrix(x, y)
-            draw = getattr(self.pair_loss, "draw_noise", None) if gathered else None
-            noise = None if draw is None else draw(similarity)
-            if noise is None:
-                return self.pair_loss(similarity, positives)
-            return self.pair_loss(similarity, positives, noise=broadcast_first(noise))
+            loss = self.pair_loss(cosine_matrix(x, y), positives)
+            if not isinstance(loss, Tensor) or loss.dim():
+                got = describe(loss) if isinstance(loss, Tensor) else type(loss).__name__
+                raise TypeError(f"pair_loss must return a scalar tensor, got {got}")
+            return loss
 
         base = pair(v, u)
         enhanced = pair(v_enhanced, u_enhanced)
@@ -177,6 +208,12 @@ class HREMLoss(nn.Module):
             relational = torch.where(self.step < self.warmup_steps, 0, relational)
             self.step.add_(1)
         return HREMTerms(base + relational, base, enhanced, cross_image, cross_text, regularization)
+
+
+def _normalized(batch: Batch) -> Batch:
+    return batch._replace(
+        image_embedding=l2_normalize(batch.image_embedding), text_embedding=l2_normalize(batch.text_embedding)
+    )
 
 
 def _positives(ids: Tensor | None, like: Tensor) -> Tensor:

@@ -6,6 +6,8 @@ never multiplied by zero, so NaN or inf in the padding reaches neither a value n
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import Tensor
 
@@ -28,7 +30,8 @@ def l2_normalize(x: Tensor) -> Tensor:
     """
     wide = x.to(compute_dtype(x.dtype))
     norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
-    return (wide * safe_reciprocal(norm, torch.finfo(wide.dtype).tiny)).to(x.dtype)
+    # 1 / norm² appears in the gradient and must not overflow
+    return (wide * safe_reciprocal(norm, torch.finfo(wide.dtype).tiny ** 0.5)).to(x.dtype)
 
 
 def safe_reciprocal(x: Tensor, smallest: float) -> Tensor:
@@ -68,5 +71,17 @@ def cosine_matrix(x: Tensor, y: Tensor) -> Tensor:
 
     A cosine in bfloat16 keeps 8 bits: neighbours tie that do not, and a margin of 0.2 becomes 50 steps.
     """
-    with torch.autocast(x.device.type, enabled=False):
+    with autocast_off(x.device):
         return x.to(compute_dtype(x.dtype)) @ y.to(compute_dtype(y.dtype)).t()
+
+
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """The dtype in which autocast multiplies on ``device``; None where it is off, or unknown as on meta."""
+    if device.type == "meta" or not torch.is_autocast_enabled(device.type):
+        return None
+    return torch.get_autocast_dtype(device.type)
+
+
+def autocast_off(device: torch.device) -> AbstractContextManager[object]:
+    """A context in which ``device`` computes in the dtypes that are given, whatever autocast says outside."""
+    return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)

@@ -34,7 +34,10 @@ class RelationGraph(NamedTuple):
         """``relation_weight · S`` on edges, −inf elsewhere; weight 0 gives 0 on edges. Shape and dtype of S."""
         return torch.where(self.connection, relation_weight * self.relevance, -torch.inf)
 
-    def check(self, nodes: int, device: torch.device) -> None:
-        """Raises TypeError or ValueError unless this is a graph over ``nodes`` nodes on ``device``."""
-        check_bool_tensor("graph.connection", self.connection, (nodes, nodes), device=device)
-        check_tensor("graph.relevance", self.relevance, (nodes, nodes), device=device)
+
+def check_graph(graph: object, nodes: int, device: torch.device) -> None:
+    """Raises TypeError or ValueError unless this is a RelationGraph over ``nodes`` nodes on ``device``."""
+    if not isinstance(graph, RelationGraph):
+        raise TypeError(f"graph must be a RelationGraph, got {type(graph).__name__}")
+    check_bool_tensor("graph.connection", graph.connection, (nodes, nodes), device=device)
+    check_tensor("graph.relevance", graph.relevance, (nodes, nodes), device=device)

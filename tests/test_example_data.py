@@ -224,3 +224,12 @@ def test_messages_do_not_hide_the_path(tmp_path: Path) -> None:
     with pytest.raises(DataError) as error:
         load_pairs(tmp_path, "train")
     assert re.match(re.escape(str(tmp_path / "train_ims.npy")), str(error.value))
+
+
+def test_images_with_equal_ids_are_positives(data: Path) -> None:
+    np.save(data / "train_ids.npy", np.array([3, 3, 4, 4, 5, 5, 6, 6]))
+    dataset = TrainingPairs(load_pairs(data, "train"), Vocabulary(["a"], augment=0.0), region_drop=0.0, seed=0)
+    assert collate([dataset[i] for i in (0, 5, 10)]).image_ids.tolist() == [3, 3, 4]
+    np.save(data / "train_ids.npy", np.zeros(7))
+    with pytest.raises(DataError, match=r"train_ids\.npy: expected integers of shape \(8,\).*found float64 \(7,\)"):
+        load_pairs(data, "train")

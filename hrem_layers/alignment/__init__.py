@@ -8,7 +8,7 @@ from torch import Tensor
 from hrem_layers._checks import check_bool_tensor, check_choice, check_int, check_tensor
 from hrem_layers.alignment.formula import MODES, Scores
 from hrem_layers.alignment.op import align_op
-from hrem_layers.masked import l2_normalize, zero_padding
+from hrem_layers.masked import autocast_dtype
 
 __all__ = ["MODES", "Scores", "align_fragments"]
 
@@ -39,18 +39,22 @@ def align_fragments(
     any real fragment has p = 0 and q = 0.
 
     One operator, never a loop over samples; forward and backward work through tiles of ``chunk_size``
-    pairs and give the same numbers whatever its value. The backward pass computes the similarities
-    again instead of keeping them. Differentiable once (there is no double backward).
+    pairs and give the same numbers whatever its value. On a CPU up to 16.8 million similarities (64 MB in
+    float32) are kept for the backward pass; those beyond, and all of them elsewhere, are computed again. On
+    CUDA a fused Triton kernel does the work if it can (Triton installed, compute capability 8.0 or more, R up
+    to 256, W up to 128, not float64); the rest runs as batched PyTorch. Where several regions (words) share a
+    maximum, they share its gradient. Differentiable once (there is no double backward).
 
     Args:
         image_fragments: (I, R, D) regions.
-        text_fragments: (T, W, D) words, same dtype and device.
+        text_fragments: (T, W, D) words, same dtype (under autocast: any) and device.
         image_mask: (I, R) bool, True = real; None = all real.
         text_mask: (T, W) likewise.
         topk: length of q, at least 1.
         mode: ``"scan"``, ``"cosine"`` or ``"dot"``.
-        chunk_size: image-text pairs whose R·W similarities exist at one time, at least 1. None = about a
-            million similarities on a CPU (4 MB, as the cache likes it), 16 million elsewhere.
+        chunk_size: image-text pairs whose R·W similarities are worked on at one time, at least 1. None =
+            two million similarities on a CPU (8 MB, as the cache likes it), 16 million elsewhere. The fused
+            kernel holds a tile on the chip and has no use for it.
 
     Returns:
         Scores: ``mean_i2t`` (I, T), ``mean_t2i`` (T, I), ``top_i2t`` (I, T, topk), ``top_t2i`` (T, I, topk);
@@ -71,18 +75,23 @@ def align_fragments(
         check_bool_tensor("image_mask", image_mask, (i, r), device=image_fragments.device)
     if text_mask is not None:
         check_bool_tensor("text_mask", text_mask, (t, w), device=image_fragments.device)
-    if text_fragments.dtype != image_fragments.dtype:
+    image_dtype, text_dtype = _product_dtype(image_fragments), _product_dtype(text_fragments)
+    if text_dtype != image_dtype:
         raise TypeError(
             f"text_fragments must have the dtype of image_fragments, {image_fragments.dtype}, "
             f"got {text_fragments.dtype}"
         )
     if min(r, w) < 1:
         raise ValueError(f"image_fragments and text_fragments must be at least 1 wide, got R = {r} and W = {w}")
-    images, texts = zero_padding(image_fragments, image_mask), zero_padding(text_fragments, text_mask)
-    if mode != "dot":
-        images, texts = l2_normalize(images), l2_normalize(texts)
-    if torch.is_autocast_enabled(images.device.type):
-        dtype = torch.get_autocast_dtype(images.device.type)
-        if images.dtype == torch.float32:
-            images, texts = images.to(dtype), texts.to(dtype)
-    return Scores(*align_op(images, texts, image_mask, text_mask, mode, topk, chunk_size))
+    with_grad = torch.is_grad_enabled() and (image_fragments.requires_grad or text_fragments.requires_grad)
+    keep = with_grad and image_fragments.device.type == "cpu"
+    *scores, _kept = align_op(
+        image_fragments, text_fragments, image_mask, text_mask, mode, topk, chunk_size, image_dtype, keep
+    )
+    return Scores(*scores)
+
+
+def _product_dtype(fragments: Tensor) -> torch.dtype:
+    """The dtype in which fragments are multiplied: autocast's, if it is on and concerns them, else their own."""
+    dtype = autocast_dtype(fragments.device)
+    return fragments.dtype if dtype is None or fragments.dtype == torch.float64 else dtype

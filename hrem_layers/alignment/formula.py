@@ -22,8 +22,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hrem_layers.masked import safe_reciprocal
-
 LEAKY_SLOPE = 0.1
 MODES = ("scan", "cosine", "dot")
 
@@ -37,66 +35,104 @@ class Scores(NamedTuple):
     top_t2i: Tensor  # [t, i, k]
 
 
-def score_block(
-    x: Tensor, text_mask: Tensor | None, image_mask: Tensor | None, *, mode: str, topk: int
-) -> Scores:
-    """``x`` (t, w, i, r) with zeros at padded words and regions, masks (t, w) and (i, r) -> Scores.
+class PairScores(NamedTuple):
+    """The same four, all with texts in front, as the blocks of the product have them."""
 
-    ``x`` is overwritten.
+    mean_i2t: Tensor  # [t, i]
+    mean_t2i: Tensor  # [t, i]
+    top_i2t: Tensor  # [t, i, k]
+    top_t2i: Tensor  # [t, i, k]
+
+    @classmethod
+    def of(cls, scores: Scores) -> PairScores:
+        return cls(scores.mean_i2t.t(), scores.mean_t2i, scores.top_i2t.transpose(0, 1), scores.top_t2i)
+
+    def scores(self) -> Scores:
+        return Scores(
+            self.mean_i2t.t().contiguous(),
+            self.mean_t2i.contiguous(),
+            self.top_i2t.transpose(0, 1).contiguous(),
+            self.top_t2i.contiguous(),
+        )
+
+    def window(self, texts: slice, images: slice) -> PairScores:
+        return PairScores(*(x[texts, images] for x in self))
+
+
+def activate_(x: Tensor, mode: str) -> Tensor:
+    """x -> s, in place."""
+    return F.leaky_relu_(x, LEAKY_SLOPE) if mode == "scan" else x
+
+
+def score_block(s: Tensor, text_mask: Tensor | None, image_mask: Tensor | None, out: PairScores, *, mode: str) -> None:
+    """``s`` (t, w, i, r) with zeros at padded words and regions, masks (t, w) and (i, r); writes ``out``.
+
+    ``out`` must hold zeros; places of q for which there is no value are left alone.
     """
-    s, inverse_words, inverse_regions = _activate(x, mode)
-    per_word = _max_over(s * inverse_words if mode == "scan" else s, image_mask, dim=3)  # [t, w, i]
-    per_region = _max_over(s * inverse_regions if mode == "scan" else s, text_mask, dim=1)  # [t, i, r]
-    mean_t2i, top_t2i = _pool(per_word.transpose(1, 2), _expand_words(text_mask), topk)
-    mean_i2t, top_i2t = _pool(per_region, image_mask, topk)
-    return Scores(mean_i2t.t(), mean_t2i, top_i2t.transpose(0, 1), top_t2i)
+    inverse_words, inverse_regions = _inverse_norms(s, mode)
+    a, b = _scaled(s, inverse_words), _scaled(s, inverse_regions)
+    per_word = _drop_empty(_fill(a, image_mask, dim=3).amax(dim=3), image_mask)  # [t, w, i]
+    per_region = _drop_empty(_fill(b, text_mask, dim=1).amax(dim=1), text_mask)  # [t, i, r]
+    _pool(per_word.transpose(1, 2), _expand_words(text_mask), out.mean_t2i, out.top_t2i)
+    _pool(per_region, image_mask, out.mean_i2t, out.top_i2t)
 
 
 def score_block_backward(
-    x: Tensor, text_mask: Tensor | None, image_mask: Tensor | None, grad: Scores, *, mode: str, topk: int
+    s: Tensor, text_mask: Tensor | None, image_mask: Tensor | None, grad: PairScores, *, mode: str
 ) -> Tensor:
-    """The gradient of :func:`score_block` with respect to ``x`` (t, w, i, r); ``x`` is overwritten.
+    """The gradient of :func:`score_block` with respect to ``x`` (t, w, i, r), given s and that of ``out``.
 
-    Where several regions (words) share the maximum, one of them receives the gradient.
+    Regions (words) that share the maximum share its gradient evenly.
     """
-    slope = torch.where(x > 0, 1.0, LEAKY_SLOPE).to(x.dtype) if mode == "scan" else None
-    s, inverse_words, inverse_regions = _activate(x, mode)
+    inverse_words, inverse_regions = _inverse_norms(s, mode)
 
-    a = s * inverse_words if mode == "scan" else s
-    per_word, best_region = _fill(a, image_mask, dim=3).max(dim=3)  # [t, w, i]
+    a = _fill(_scaled(s, inverse_words), image_mask, dim=3)
+    per_word = a.amax(dim=3)  # [t, w, i]
+    best = _equal(a, per_word.unsqueeze(3), s)  # [t, w, i, r] of 0 and 1
     per_word = _drop_empty(per_word, image_mask)
     grad_word = _pool_backward(
-        per_word.transpose(1, 2), _expand_words(text_mask), grad.mean_t2i, grad.top_t2i, topk
+        per_word.transpose(1, 2), _expand_words(text_mask), grad.mean_t2i, grad.top_t2i
     ).transpose(1, 2)  # [t, w, i]
-    grad_a = torch.zeros_like(s).scatter_(3, best_region.unsqueeze(3), grad_word.unsqueeze(3))
+    grad_a = best.mul_((grad_word / best.sum(dim=3)).unsqueeze(3))
 
-    b = s * inverse_regions if mode == "scan" else s
-    per_region, best_word = _fill(b, text_mask, dim=1).max(dim=1)  # [t, i, r]
+    b = _fill(_scaled(s, inverse_regions), text_mask, dim=1)
+    per_region = b.amax(dim=1)  # [t, i, r]
+    best = _equal(b, per_region.unsqueeze(1), s)
     per_region = _drop_empty(per_region, text_mask)
-    grad_region = _pool_backward(
-        per_region, image_mask, grad.mean_i2t.t(), grad.top_i2t.transpose(0, 1), topk
-    )  # [t, i, r]
-    grad_b = torch.zeros_like(s).scatter_(1, best_word.unsqueeze(1), grad_region.unsqueeze(1))
+    grad_region = _pool_backward(per_region, image_mask, grad.mean_i2t, grad.top_i2t)  # [t, i, r]
+    grad_b = best.mul_((grad_region / best.sum(dim=1)).unsqueeze(1))
 
-    if slope is None:
+    if inverse_words is None or inverse_regions is None:
         return grad_a.add_(grad_b)
-    # d(s / ‖s‖) = (g - a <g, a>) / ‖s‖ along the normed dimension
-    grad_a.sub_((grad_a * a).sum(dim=1, keepdim=True) * a).mul_(inverse_words)
-    grad_b.sub_((grad_b * b).sum(dim=3, keepdim=True) * b).mul_(inverse_regions)
-    return grad_a.add_(grad_b).mul_(slope)
+    # d(s / ‖s‖) = (g − a <g, a>) / ‖s‖ along the normed dimension; g ≠ 0 only where a is the maximum
+    along_words = (grad_a * per_word.unsqueeze(3)).sum(dim=1, keepdim=True).mul_(inverse_words.square())
+    along_regions = (grad_b * per_region.unsqueeze(1)).sum(dim=3, keepdim=True).mul_(inverse_regions.square())
+    grad_s = grad_a.mul_(inverse_words).add_(grad_b.mul_(inverse_regions))
+    grad_s.addcmul_(s, along_words, value=-1).addcmul_(s, along_regions, value=-1)
+    # s > 0 exactly where x > 0
+    return torch.ops.aten.leaky_relu_backward(grad_s, s, LEAKY_SLOPE, True)
 
 
-def _activate(x: Tensor, mode: str) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """s, the reciprocal norms over the words (t, 1, i, r) and over the regions (t, w, i, 1)."""
+def _inverse_norms(s: Tensor, mode: str) -> tuple[Tensor, Tensor] | tuple[None, None]:
+    """The reciprocal norms over the words (t, 1, i, r) and over the regions (t, w, i, 1)."""
     if mode != "scan":
-        return x, None, None
-    s = F.leaky_relu_(x, LEAKY_SLOPE)
+        return None, None
     square = s * s
-    # below the rounding error of a cosine the direction of s is noise: such a row counts as zero
-    smallest = torch.finfo(s.dtype).eps
-    inverse_words = safe_reciprocal(square.sum(dim=1, keepdim=True).sqrt_(), smallest)
-    inverse_regions = safe_reciprocal(square.sum(dim=3, keepdim=True).sqrt_(), smallest)
-    return s, inverse_words, inverse_regions
+    return _inverse_root(square.sum(dim=1, keepdim=True)), _inverse_root(square.sum(dim=3, keepdim=True))
+
+
+def _inverse_root(square: Tensor) -> Tensor:
+    """1 / √square, in place. Below the rounding error of a cosine the direction of s is noise: there 0."""
+    return F.threshold_(square, torch.finfo(square.dtype).eps ** 2, torch.inf).rsqrt_()
+
+
+def _scaled(s: Tensor, inverse: Tensor | None) -> Tensor:
+    return s if inverse is None else s * inverse
+
+
+def _equal(x: Tensor, maximum: Tensor, s: Tensor) -> Tensor:
+    """1 where ``x`` is its maximum, else 0, in the dtype of ``x``, which may be overwritten unless it is ``s``."""
+    return (x.clone() if x is s else x).eq_(maximum)
 
 
 def _expand_words(text_mask: Tensor | None) -> Tensor | None:
@@ -115,14 +151,9 @@ def _drop_empty(best: Tensor, mask: Tensor | None) -> Tensor:
     return best if mask is None else best.masked_fill(best == -torch.inf, 0)
 
 
-def _max_over(x: Tensor, mask: Tensor | None, dim: int) -> Tensor:
-    return _drop_empty(_fill(x, mask, dim).amax(dim=dim), mask)
-
-
-def _pool(f: Tensor, mask: Tensor | None, topk: int) -> tuple[Tensor, Tensor]:
-    """Mean (t, i) and ``topk`` largest (t, i, topk) of ``f`` (t, i, m) over the real m; ``mask`` broadcasts."""
-    m = f.shape[-1]
-    k = min(topk, m)
+def _pool(f: Tensor, mask: Tensor | None, out_mean: Tensor, out_top: Tensor) -> None:
+    """Mean (t, i) and largest values (t, i, k) of ``f`` (t, i, m) over the real m; ``mask`` broadcasts."""
+    k = min(out_top.shape[-1], f.shape[-1])
     if mask is None:
         mean, top = f.mean(dim=-1), f.topk(k, dim=-1).values
     else:
@@ -130,15 +161,15 @@ def _pool(f: Tensor, mask: Tensor | None, topk: int) -> tuple[Tensor, Tensor]:
         mean = f.masked_fill(~mask, 0).sum(dim=-1) / count.clamp(min=1)
         top = f.masked_fill(~mask, -torch.inf).topk(k, dim=-1).values
         top = top.masked_fill(~_taken(count, k), 0)
-    return mean, F.pad(top, (0, topk - k))
+    out_mean.copy_(mean)
+    out_top[..., :k].copy_(top)
 
 
-def _pool_backward(f: Tensor, mask: Tensor | None, grad_mean: Tensor, grad_top: Tensor, topk: int) -> Tensor:
-    m = f.shape[-1]
-    k = min(topk, m)
+def _pool_backward(f: Tensor, mask: Tensor | None, grad_mean: Tensor, grad_top: Tensor) -> Tensor:
+    k = min(grad_top.shape[-1], f.shape[-1])
     if mask is None:
         index = f.topk(k, dim=-1).indices
-        grad = (grad_mean / m).unsqueeze(-1).expand(f.shape).contiguous()
+        grad = (grad_mean / f.shape[-1]).unsqueeze(-1).expand(f.shape).contiguous()
         return grad.scatter_add_(-1, index, grad_top[..., :k])
     count = mask.sum(dim=-1)
     index = f.masked_fill(~mask, -torch.inf).topk(k, dim=-1).indices

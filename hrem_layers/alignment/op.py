@@ -1,7 +1,8 @@
 """The alignment as one operator: its value, its derivative and its shapes, opaque to tracing.
 
-Behind an operator, the CPU path may look at the masks (packing costs a look at them) and the loop over
-tiles stays a loop, while ``torch.compile`` sees one node with symbolic sizes and a shape rule.
+Three ways to compute it, chosen here: packed tiles on a CPU, the fused kernel on CUDA where it applies, padded tiles
+elsewhere. Behind an operator, the CPU path may look at the masks (packing costs a look at them), a loop over tiles
+stays a loop and a kernel a kernel, while ``torch.compile`` sees one node with symbolic sizes and a shape rule.
 """
 
 from __future__ import annotations
@@ -10,8 +11,13 @@ import torch
 from torch import Tensor
 
 from hrem_layers.alignment.formula import Scores
-from hrem_layers.alignment.tiling import score_all, score_all_backward
-from hrem_layers.masked import compute_dtype
+from hrem_layers.alignment.launch import kernel_applies, score_all_fused, score_all_fused_backward
+from hrem_layers.alignment.tiling import Setting, score_all, score_all_backward
+from hrem_layers.masked import autocast_off, compute_dtype
+
+# Similarities kept for backward, in elements of their dtype (64 MB of float32). What does not fit is
+# multiplied again in backward, so that memory does not grow with R·W.
+KEEP_AT_MOST = 2**24
 
 
 @torch.library.custom_op("hrem_layers::align_fragments", mutates_args=())
@@ -23,22 +29,26 @@ def align_op(
     mode: str,
     topk: int,
     chunk_size: int | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    packed = image_fragments.device.type == "cpu"
-    with torch.autocast(image_fragments.device.type, enabled=False):
-        scores = score_all(
-            image_fragments, text_fragments, image_mask, text_mask,
-            mode=mode, topk=topk, chunk_size=chunk_size, packed=packed,
-        )  # fmt: skip
-    return tuple(x.contiguous() for x in scores)  # type: ignore[return-value]
+    dtype: torch.dtype,
+    keep: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The four Scores, and similarities for backward (none unless ``keep``). ``dtype`` is the product's."""
+    kept = image_fragments.new_empty(_kept_size(image_fragments, text_fragments, keep), dtype=compute_dtype(dtype))
+    setting = _setting(image_fragments, mode, topk, chunk_size, dtype)
+    tensors = image_fragments, text_fragments, image_mask, text_mask
+    with autocast_off(image_fragments.device):
+        if kernel_applies(image_fragments, text_fragments, dtype):
+            scores = score_all_fused(*tensors, mode=mode, topk=topk, dtype=dtype)
+        else:
+            scores = score_all(*tensors, setting, kept)
+    return (*scores, kept)
 
 
 @align_op.register_fake
-def _(image_fragments, text_fragments, image_mask, text_mask, mode, topk, chunk_size):  # noqa: ANN001, ANN202
-    i, t = image_fragments.shape[0], text_fragments.shape[0]
-    dtype = compute_dtype(image_fragments.dtype)
-    shapes = (i, t), (t, i), (i, t, topk), (t, i, topk)
-    return tuple(image_fragments.new_empty(shape, dtype=dtype) for shape in shapes)
+def _(image_fragments, text_fragments, image_mask, text_mask, mode, topk, chunk_size, dtype, keep):
+    kept_shape = (_kept_size(image_fragments, text_fragments, keep),)
+    shapes = *_score_shapes(image_fragments, text_fragments, topk), kept_shape
+    return tuple(image_fragments.new_empty(shape, dtype=compute_dtype(dtype)) for shape in shapes)
 
 
 @torch.library.custom_op("hrem_layers::align_fragments_backward", mutates_args=())
@@ -47,6 +57,7 @@ def align_backward_op(
     text_fragments: Tensor,
     image_mask: Tensor | None,
     text_mask: Tensor | None,
+    kept: Tensor,
     grad_mean_i2t: Tensor,
     grad_mean_t2i: Tensor,
     grad_top_i2t: Tensor,
@@ -54,30 +65,55 @@ def align_backward_op(
     mode: str,
     topk: int,
     chunk_size: int | None,
+    dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    packed = image_fragments.device.type == "cpu"
     grad = Scores(grad_mean_i2t, grad_mean_t2i, grad_top_i2t, grad_top_t2i)
-    with torch.autocast(image_fragments.device.type, enabled=False):
-        return score_all_backward(
-            image_fragments, text_fragments, image_mask, text_mask, grad,
-            mode=mode, topk=topk, chunk_size=chunk_size, packed=packed,
-        )  # fmt: skip
+    setting = _setting(image_fragments, mode, topk, chunk_size, dtype)
+    tensors = image_fragments, text_fragments, image_mask, text_mask
+    with autocast_off(image_fragments.device):
+        if kernel_applies(image_fragments, text_fragments, dtype):
+            return score_all_fused_backward(*tensors, grad, mode=mode, topk=topk, dtype=dtype)
+        return score_all_backward(*tensors, grad, setting, kept)
 
 
 @align_backward_op.register_fake
-def _(image_fragments, text_fragments, *_rest):  # noqa: ANN001, ANN002, ANN202
+def _(image_fragments, text_fragments, *_rest):
     return image_fragments.new_empty(image_fragments.shape), text_fragments.new_empty(text_fragments.shape)
 
 
-def _setup_context(ctx, inputs, output) -> None:  # noqa: ANN001
-    image_fragments, text_fragments, image_mask, text_mask, ctx.mode, ctx.topk, ctx.chunk_size = inputs
-    ctx.save_for_backward(image_fragments, text_fragments, image_mask, text_mask)
+def _setup_context(ctx, inputs, output) -> None:
+    *tensors, ctx.mode, ctx.topk, ctx.chunk_size, ctx.dtype, _keep = inputs
+    ctx.save_for_backward(*tensors, output[4])
+    ctx.mark_non_differentiable(output[4])
+    ctx.set_materialize_grads(False)  # of the kept similarities: no zeros of their size
 
 
-def _backward(ctx, *grads):  # noqa: ANN001, ANN002, ANN202
-    tensors = ctx.saved_tensors
-    image_grad, text_grad = align_backward_op(*tensors, *grads, ctx.mode, ctx.topk, ctx.chunk_size)
-    return image_grad, text_grad, None, None, None, None, None
+def _backward(ctx, *grads):
+    images, texts, *_ = ctx.saved_tensors
+    shapes = _score_shapes(images, texts, ctx.topk)
+    given = (
+        images.new_zeros(shape, dtype=compute_dtype(ctx.dtype)) if grad is None else grad
+        for grad, shape in zip(grads, shapes, strict=False)
+    )
+    image_grad, text_grad = align_backward_op(*ctx.saved_tensors, *given, ctx.mode, ctx.topk, ctx.chunk_size, ctx.dtype)
+    return image_grad, text_grad, None, None, None, None, None, None, None
 
 
 align_op.register_autograd(_backward, setup_context=_setup_context)
+
+
+def _setting(fragments: Tensor, mode: str, topk: int, chunk_size: int | None, dtype: torch.dtype) -> Setting:
+    return Setting(mode, topk, chunk_size, packed=fragments.device.type == "cpu", dtype=dtype)
+
+
+def _score_shapes(image_fragments: Tensor, text_fragments: Tensor, topk: int) -> tuple[tuple[int, ...], ...]:
+    i, t = image_fragments.shape[0], text_fragments.shape[0]
+    return (i, t), (t, i), (i, t, topk), (t, i, topk)
+
+
+def _kept_size(image_fragments: Tensor, text_fragments: Tensor, keep: bool) -> int:
+    """All similarities if they fit; written without a branch, so that tracing need not know the sizes."""
+    if not keep:
+        return 0
+    (i, r, _), (t, w, _) = image_fragments.shape, text_fragments.shape
+    return torch.sym_min(i * r * t * w, KEEP_AT_MOST)

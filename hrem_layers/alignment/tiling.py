@@ -1,68 +1,58 @@
 """All pairs, tile by tile: the working memory is that of one tile, and the results are those of the whole.
 
-Two layouts share the loop. *Packed* (CPU): only the real fragments are multiplied; items are sorted by
-their number of fragments so that each run of equal numbers is a block without padding. Finding the runs
-reads the masks, which on a GPU would make the host wait; there, and wherever the host cannot look, the
-*padded* layout treats all items as one run and masks.
+A tile is one matrix product; a block is the part of it between one run of texts and one run of images, small
+enough for a core's own cache. Similarities may be kept for backward as far as a buffer of fixed size reaches;
+beyond, backward multiplies again.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from hrem_layers.alignment.formula import Scores, score_block, score_block_backward
+from hrem_layers.alignment.formula import PairScores, Scores, activate_, score_block, score_block_backward
+from hrem_layers.alignment.sides import Run, Side, fragments_grad, make_side
 from hrem_layers.masked import compute_dtype
 
-# Similarities at one time if the caller does not say: on a CPU what the last-level cache holds, on a GPU
-# enough to fill the chip. Times 4 bytes and, with temporaries, about 6 (forward) or 9 (backward).
-_CPU_TILE, _GPU_TILE = 2**20, 2**24
+# Similarities of a tile if the caller does not say. CPU: large enough for an efficient product, small enough
+# for the last-level cache. Elsewhere: enough to fill the chip.
+_CPU_TILE, _OTHER_TILE = 2**21, 2**24
+_CPU_TILE_ROWS = 2304
+# Similarities of a block on a CPU: with a temporary they fit a core's second-level cache.
+_CPU_BLOCK = 2**17
 
 
-class Run(NamedTuple):
-    """Consecutive items of one side that have the same width (number of rows) in the product."""
+class Setting(NamedTuple):
+    """What does not depend on the data."""
 
-    start: int  # first item, in the side's order
-    stop: int
-    row: int  # first row
-    width: int
-
-    def rows(self) -> slice:
-        return slice(self.row, self.row + (self.stop - self.start) * self.width)
+    mode: str
+    topk: int
+    chunk_size: int | None
+    packed: bool
+    dtype: torch.dtype  # of the product
 
 
-class Side(NamedTuple):
-    """One modality, ready to be multiplied."""
+class Tile(NamedTuple):
+    image_runs: list[Run]
+    text_runs: list[Run]
 
-    rows: Tensor  # [total rows, d]
-    runs: list[Run]
-    mask: Tensor | None  # [n, width], only in the padded layout
-    order: Tensor | None  # [n]: which item stands at each place; None = as they came
-    source: Tensor | None  # [total rows]: where each row came from in (n * width); None = as they came
+    def regions(self) -> slice:
+        return slice(self.image_runs[0].row, self.image_runs[-1].rows().stop)
 
+    def words(self) -> slice:
+        return slice(self.text_runs[0].row, self.text_runs[-1].rows().stop)
 
-def padded_side(fragments: Tensor, mask: Tensor | None) -> Side:
-    n, width, d = fragments.shape
-    return Side(fragments.reshape(n * width, d), [Run(0, n, 0, width)] if n and width else [], mask, None, None)
-
-
-def packed_side(fragments: Tensor, mask: Tensor | None) -> Side:
-    if mask is None:
-        return padded_side(fragments, None)
-    n, width, d = fragments.shape
-    lengths, order = mask.sum(dim=1).sort(stable=True)
-    positions = torch.arange(n * width, device=mask.device).view(n, width)[order]
-    source = positions[mask[order]]  # [total real rows], item by item
-    runs, item, row = [], 0, 0
-    for length, count in zip(*(x.tolist() for x in torch.unique_consecutive(lengths, return_counts=True)), strict=True):
-        if length:
-            runs.append(Run(item, item + count, row, length))
-        item, row = item + count, row + count * length
-    return Side(fragments.reshape(n * width, d)[source], runs, None, order, source)
+    def blocks(self, x: Tensor) -> Iterator[tuple[Run, Run, Tensor]]:
+        """Text run, image run and their part of ``x`` (words, regions), viewed as (t, w, i, r)."""
+        for text_run in self.text_runs:
+            words = _shifted(text_run.rows(), self.words().start)
+            for image_run in self.image_runs:
+                regions = _shifted(image_run.rows(), self.regions().start)
+                shape = (-1, text_run.width, image_run.stop - image_run.start, image_run.width)
+                yield text_run, image_run, x[words, regions].view(shape)
 
 
 def score_all(
@@ -70,30 +60,28 @@ def score_all(
     text_fragments: Tensor,
     image_mask: Tensor | None,
     text_mask: Tensor | None,
-    *,
-    mode: str,
-    topk: int,
-    chunk_size: int | None,
-    packed: bool,
+    setting: Setting,
+    kept: Tensor,
 ) -> Scores:
-    """Fragments (I, R, D) and (T, W, D), zero where padded, masks or None -> Scores in float32 or better."""
-    images, texts = _sides(image_fragments, text_fragments, image_mask, text_mask, packed)
-    i, t = image_fragments.shape[0], text_fragments.shape[0]
-    options = {"dtype": compute_dtype(image_fragments.dtype), "device": image_fragments.device}
-    out = Scores(
-        torch.zeros(i, t, **options),
-        torch.zeros(t, i, **options),
-        torch.zeros(i, t, topk, **options),
-        torch.zeros(t, i, topk, **options),
-    )
-    for image_run, text_runs in _tiles(images, texts, image_fragments, text_fragments, chunk_size):
-        x = _product(images, texts, image_run, text_runs)
-        for run, block in _blocks(x, image_run, text_runs):
-            here = _window(out, image_run, run)
-            masks = _mask_of(texts, run), _mask_of(images, image_run)
-            for place, value in zip(here, score_block(block, *masks, mode=mode, topk=topk), strict=True):
-                place.copy_(value)
-    return _restore_order(out, images.order, texts.order)
+    """Fragments (I, R, D) and (T, W, D), masks or None -> Scores in float32 or better.
+
+    ``kept`` (any length) is filled with similarities for backward, as far as it reaches.
+    """
+    images, texts = _sides(image_fragments, text_fragments, image_mask, text_mask, setting)
+    i, t, k = image_fragments.shape[0], text_fragments.shape[0], setting.topk
+    wide = compute_dtype(setting.dtype)
+    shapes = (t, i), (t, i), (t, i, k), (t, i, k)
+    out = PairScores(*(torch.zeros(shape, dtype=wide, device=kept.device) for shape in shapes))
+    store = _Store(kept)
+    for tile in _tiles(images, texts, image_fragments, text_fragments, setting):
+        x, _ = store.take(tile)
+        _product(images, texts, tile, x)
+        for text_run, image_run, block in tile.blocks(x):
+            masks = _mask_of(texts, text_run), _mask_of(images, image_run)
+            window = out.window(text_run.items(), image_run.items())
+            score_block(activate_(block, setting.mode), *masks, window, mode=setting.mode)
+    kept[store.used :].zero_()  # an operator's output is defined in every element
+    return _restore_order(out, images.order, texts.order).scores()
 
 
 def score_all_backward(
@@ -102,36 +90,50 @@ def score_all_backward(
     image_mask: Tensor | None,
     text_mask: Tensor | None,
     grad: Scores,
-    *,
-    mode: str,
-    topk: int,
-    chunk_size: int | None,
-    packed: bool,
+    setting: Setting,
+    kept: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients with respect to both fragment tensors; the similarities are computed again, tile by tile."""
-    images, texts = _sides(image_fragments, text_fragments, image_mask, text_mask, packed)
-    grad = _apply_order(grad, images.order, texts.order)
-    dtype = compute_dtype(image_fragments.dtype)
-    grad_images = torch.zeros_like(images.rows, dtype=dtype)
-    grad_texts = torch.zeros_like(texts.rows, dtype=dtype)
-    for image_run, text_runs in _tiles(images, texts, image_fragments, text_fragments, chunk_size):
-        x = _product(images, texts, image_run, text_runs)  # [words, regions]
-        for run, block in _blocks(x, image_run, text_runs):
-            masks = _mask_of(texts, run), _mask_of(images, image_run)
-            here = _window(grad, image_run, run)
-            block.copy_(score_block_backward(block, *masks, here, mode=mode, topk=topk))
-        regions, words = image_run.rows(), slice(text_runs[0].row, text_runs[-1].rows().stop)
-        x = x.to(image_fragments.dtype)
-        if x.dtype == dtype:
-            grad_images[regions].addmm_(x.t(), texts.rows[words])
-            grad_texts[words].addmm_(x, images.rows[regions])
-        else:  # sums over tiles are kept in float32
-            grad_images[regions] += x.t() @ texts.rows[words]
-            grad_texts[words] += x @ images.rows[regions]
+    """Gradients with respect to both fragment tensors."""
+    images, texts = _sides(image_fragments, text_fragments, image_mask, text_mask, setting)
+    pair_grad = _apply_order(PairScores.of(grad), images.order, texts.order)
+    wide = compute_dtype(setting.dtype)
+    allocate = torch.empty_like if images.runs and texts.runs else torch.zeros_like  # no tile writes to the latter
+    grad_images, grad_texts = (allocate(side.rows, dtype=wide) for side in (images, texts))
+    store, scratch = _Store(kept), _Store(kept.new_empty(0))
+    for tile in _tiles(images, texts, image_fragments, text_fragments, setting):
+        s, filled = store.take(tile)
+        if not filled:
+            activate_(_product(images, texts, tile, s), setting.mode)
+        grad_x, _ = scratch.take(tile)
+        for (text_run, image_run, block), (_, _, place) in zip(tile.blocks(s), tile.blocks(grad_x), strict=True):
+            masks = _mask_of(texts, text_run), _mask_of(images, image_run)
+            window = pair_grad.window(text_run.items(), image_run.items())
+            place.copy_(score_block_backward(block, *masks, window, mode=setting.mode))
+        regions, words = tile.regions(), tile.words()
+        _add_product(grad_images[regions], grad_x.t(), texts.rows[words], first=words.start == 0)
+        _add_product(grad_texts[words], grad_x, images.rows[regions], first=regions.start == 0)
     return (
-        _unpack(grad_images, images, image_fragments),
-        _unpack(grad_texts, texts, text_fragments),
+        fragments_grad(grad_images, images, image_fragments),
+        fragments_grad(grad_texts, texts, text_fragments),
     )
+
+
+class _Store:
+    """Room for the tiles' similarities: first in the buffer that is kept, then in one that is used again."""
+
+    def __init__(self, kept: Tensor) -> None:
+        self.kept, self.used, self.scratch = kept, 0, kept.new_empty(0)
+
+    def take(self, tile: Tile) -> tuple[Tensor, bool]:
+        """A matrix (words, regions) for ``tile``, and whether it lies in the kept buffer."""
+        words, regions = (s.stop - s.start for s in (tile.words(), tile.regions()))
+        size = words * regions
+        if self.used + size <= self.kept.numel():
+            self.used += size
+            return self.kept[self.used - size : self.used].view(words, regions), True
+        if self.scratch.numel() < size:
+            self.scratch = self.kept.new_empty(size)
+        return self.scratch[:size].view(words, regions), False
 
 
 def _sides(
@@ -139,45 +141,43 @@ def _sides(
     text_fragments: Tensor,
     image_mask: Tensor | None,
     text_mask: Tensor | None,
-    packed: bool,
+    setting: Setting,
 ) -> tuple[Side, Side]:
-    make = packed_side if packed else padded_side
-    return make(image_fragments, image_mask), make(text_fragments, text_mask)
+    options = {"packed": setting.packed, "normalize": setting.mode != "dot", "dtype": setting.dtype}
+    return make_side(image_fragments, image_mask, **options), make_side(text_fragments, text_mask, **options)
 
 
 def _tiles(
-    images: Side, texts: Side, image_fragments: Tensor, text_fragments: Tensor, chunk_size: int | None
-) -> Iterator[tuple[Run, list[Run]]]:
-    """Pieces of the image runs, each with consecutive pieces of text runs: at most ``chunk_size`` pairs."""
-    i, r, _ = image_fragments.shape
-    t, w, _ = text_fragments.shape
+    images: Side, texts: Side, image_fragments: Tensor, text_fragments: Tensor, setting: Setting
+) -> Iterator[Tile]:
+    """At most ``chunk_size`` pairs each, as many texts as the product likes and images to fill up."""
+    i, t = image_fragments.shape[0], text_fragments.shape[0]
+    on_cpu = image_fragments.device.type == "cpu"
+    r, w = (max(1, -(-side.rows.shape[0] // max(1, n))) for side, n in ((images, i), (texts, t)))  # rows an item
+    chunk_size, block_rows = setting.chunk_size, None
     if chunk_size is None:
-        budget = _CPU_TILE if image_fragments.device.type == "cpu" else _GPU_TILE
-        chunk_size = max(1, budget // max(1, r * w))
-    per_image = max(1, min(i, math.isqrt(chunk_size)))
-    per_text = max(1, min(t, chunk_size // per_image))
+        chunk_size = max(1, (_CPU_TILE if on_cpu else _OTHER_TILE) // (r * w))
+    per_text = max(1, min(t, chunk_size, _CPU_TILE_ROWS // w if on_cpu else t))
     per_image = max(1, min(i, chunk_size // per_text))
-    text_tiles = list(_gather(texts.runs, per_text))
-    for run in images.runs:
-        for start in range(run.start, run.stop, per_image):
-            piece = _piece(run, start, min(start + per_image, run.stop))
-            for text_runs in text_tiles:
-                yield piece, text_runs
+    per_text = max(1, min(t, chunk_size // per_image))
+    if on_cpu:
+        block_rows = max(1, _CPU_BLOCK // (per_image * r))
+    text_tiles = list(_gather(texts.runs, per_text, block_rows))
+    for image_runs in _gather(images.runs, per_image, None):
+        for text_runs in text_tiles:
+            yield Tile(image_runs, text_runs)
 
 
-def _piece(run: Run, start: int, stop: int) -> Run:
-    return Run(start, stop, run.row + (start - run.start) * run.width, run.width)
-
-
-def _gather(runs: list[Run], size: int) -> Iterator[list[Run]]:
+def _gather(runs: list[Run], size: int, most_rows: int | None) -> Iterator[list[Run]]:
     """The runs cut and joined into lists of ``size`` items, so that short runs share one product."""
     tile: list[Run] = []
     room = size
     for run in runs:
+        most = size if most_rows is None else max(1, most_rows // run.width)
         start = run.start
         while start < run.stop:
-            stop = min(run.stop, start + room)
-            tile.append(_piece(run, start, stop))
+            stop = min(run.stop, start + room, start + most)
+            tile.append(run.piece(start, stop))
             room -= stop - start
             start = stop
             if not room:
@@ -187,52 +187,39 @@ def _gather(runs: list[Run], size: int) -> Iterator[list[Run]]:
         yield tile
 
 
-def _product(images: Side, texts: Side, image_run: Run, text_runs: list[Run]) -> Tensor:
-    words = slice(text_runs[0].row, text_runs[-1].rows().stop)
-    x = texts.rows[words] @ images.rows[image_run.rows()].t()  # [words, regions]
-    return x.to(compute_dtype(x.dtype))
+def _product(images: Side, texts: Side, tile: Tile, out: Tensor) -> Tensor:
+    """words @ regionsᵀ, written to ``out`` (words, regions)."""
+    words, regions = texts.rows[tile.words()], images.rows[tile.regions()]
+    if words.dtype == out.dtype:
+        return torch.mm(words, regions.t(), out=out)
+    return out.copy_(words @ regions.t())
 
 
-def _blocks(x: Tensor, image_run: Run, text_runs: list[Run]) -> Iterator[tuple[Run, Tensor]]:
-    """Each text run's rows of ``x`` as (t, w, i, r)."""
-    first = text_runs[0].row
-    for run in text_runs:
-        rows = run.rows()
-        shape = (run.stop - run.start, run.width, image_run.stop - image_run.start, image_run.width)
-        yield run, x[rows.start - first : rows.stop - first].view(shape)
+def _add_product(total: Tensor, x: Tensor, y: Tensor, *, first: bool) -> None:
+    """total += x @ y, or = for the first; the sum over tiles is kept in the dtype of ``total``."""
+    if y.dtype == total.dtype:
+        torch.addmm(total, x, y, beta=0 if first else 1, out=total)
+    elif first:
+        total.copy_(x.to(y.dtype) @ y)
+    else:
+        total += x.to(y.dtype) @ y
+
+
+def _shifted(rows: slice, start: int) -> slice:
+    return slice(rows.start - start, rows.stop - start)
 
 
 def _mask_of(side: Side, run: Run) -> Tensor | None:
-    return None if side.mask is None else side.mask[run.start : run.stop]
+    return None if side.mask is None else side.mask[run.items()]
 
 
-def _window(scores: Scores, image_run: Run, text_run: Run) -> Scores:
-    i, t = slice(image_run.start, image_run.stop), slice(text_run.start, text_run.stop)
-    return Scores(
-        scores.mean_i2t[i, t], scores.mean_t2i[t, i], scores.top_i2t[i, t], scores.top_t2i[t, i]
-    )
+def _apply_order(scores: PairScores, image_order: Tensor | None, text_order: Tensor | None) -> PairScores:
+    for dim, order in ((0, text_order), (1, image_order)):
+        if order is not None:
+            scores = PairScores(*(x.index_select(dim, order) for x in scores))
+    return scores
 
 
-def _apply_order(scores: Scores, image_order: Tensor | None, text_order: Tensor | None) -> Scores:
-    def pick(x: Tensor, rows: Tensor | None, columns: Tensor | None) -> Tensor:
-        x = x if rows is None else x[rows]
-        return x if columns is None else x[:, columns]
-
-    return Scores(
-        pick(scores.mean_i2t, image_order, text_order),
-        pick(scores.mean_t2i, text_order, image_order),
-        pick(scores.top_i2t, image_order, text_order),
-        pick(scores.top_t2i, text_order, image_order),
-    )
-
-
-def _restore_order(scores: Scores, image_order: Tensor | None, text_order: Tensor | None) -> Scores:
+def _restore_order(scores: PairScores, image_order: Tensor | None, text_order: Tensor | None) -> PairScores:
     back = (None if order is None else order.argsort() for order in (image_order, text_order))
     return _apply_order(scores, *back)
-
-
-def _unpack(grad_rows: Tensor, side: Side, fragments: Tensor) -> Tensor:
-    n, width, d = fragments.shape
-    if side.source is not None:
-        grad_rows = grad_rows.new_zeros(n * width, d).index_copy_(0, side.source, grad_rows)
-    return grad_rows.view(n, width, d).to(fragments.dtype)

@@ -14,4 +14,6 @@ def check_pairs(similarity: Tensor, positives: Tensor) -> Tensor:
     """Checks both arguments; returns the similarity in float32 or better."""
     check_tensor("similarity", similarity, ("N", "M"))
     check_bool_tensor("positives", positives, tuple(similarity.shape), device=similarity.device)
+    if 0 in similarity.shape:
+        raise ValueError(f"similarity must hold at least 1 pair, got shape {tuple(similarity.shape)}")
     return similarity.to(compute_dtype(similarity.dtype))

@@ -26,7 +26,8 @@ class InfoNCELoss(nn.Module):
 
     Args:
         temperature: τ > 0; at least 0.01 if learnable.
-        learnable: make log(1/τ) a parameter (``log_scale``); 1/τ is then held at 100 or less, as CLIP does.
+        learnable: make log(1/τ) a parameter (``log_scale``). 1/τ is held at 100 or less, as CLIP does: a call in
+            training mode first sets the parameter back to the limit if it is beyond.
         reduction: ``"mean"`` over the anchors that have a positive, or ``"sum"`` over them; either way half
             the sum of the two directions.
     """
@@ -60,7 +61,12 @@ class InfoNCELoss(nn.Module):
         """
         s = check_pairs(similarity, positives)
         if self.learnable:
-            logits = s * self.log_scale.to(s.dtype).exp().clamp(max=MAX_SCALE)
+            if self.training:
+                # CLIP holds the parameter itself: a limit on 1/τ alone would also cut off the gradient that leads back
+                with torch.no_grad():
+                    self.log_scale.clamp_(max=math.log(MAX_SCALE))
+            scale = self.log_scale.to(s.dtype).exp()
+            logits = s * (scale if self.training else scale.clamp(max=MAX_SCALE))
         else:
             logits = s / self.temperature
         return (self._one_way(logits, positives) + self._one_way(logits.t(), positives.t())) / 2

@@ -1,0 +1,149 @@
+"""What every benchmark uses: data, timing in turn, peak memory in a process of its own, tables, where it ran."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+RELEASE = {"n": 128, "regions": 36, "shortest": 8, "longest": 24, "dim": 1024}
+
+
+class Batch(NamedTuple):
+    image_embedding: Tensor
+    text_embedding: Tensor
+    image_fragments: Tensor
+    text_fragments: Tensor
+    text_mask: Tensor
+
+
+def make_batch(n: int, regions: int, shortest: int, longest: int, dim: int, *, seed: int = 0) -> Batch:
+    """n images of ``regions`` regions, n texts of ``shortest`` to ``longest`` words (uniform), float32 noise."""
+    g = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(shortest, longest + 1, (n, 1), generator=g)
+    return Batch(
+        torch.randn(n, dim, generator=g),
+        torch.randn(n, dim, generator=g),
+        torch.randn(n, regions, dim, generator=g),
+        torch.randn(n, longest, dim, generator=g),
+        torch.arange(longest) < lengths,
+    )
+
+
+def bare_matmul(batch: Batch) -> Callable[[], Tensor]:
+    """Real words by real regions, in the orientation that was the faster one here, nothing else."""
+    words, regions = batch.text_fragments[batch.text_mask], batch.image_fragments.flatten(0, 1)
+    return lambda: words @ regions.t()
+
+
+def options(description: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--threads", type=int, default=2, help="threads of PyTorch")
+    parser.add_argument("--repeats", type=int, default=15, help="timings of each variant, taken in turn")
+    return parser
+
+
+class Timing(NamedTuple):
+    median: float  # seconds
+    low: float  # quartiles
+    high: float
+    best: float
+
+
+def time_in_turn(variants: dict[str, Callable[[], object]], repeats: int) -> dict[str, Timing]:
+    """Each variant once to warm up, then ``repeats`` rounds in which each runs once: noise meets all alike."""
+    for run in variants.values():
+        run()
+    seconds: dict[str, list[float]] = {name: [] for name in variants}
+    for _ in range(repeats):
+        for name, run in variants.items():
+            start = time.perf_counter()
+            run()
+            seconds[name].append(time.perf_counter() - start)
+    return {name: summarize(values) for name, values in seconds.items()}
+
+
+def summarize(values: list[float]) -> Timing:
+    quartiles = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else values * 3
+    return Timing(statistics.median(values), quartiles[0], quartiles[2], min(values))
+
+
+def ratio_table(timings: dict[str, Timing], base: str, extra: dict[str, dict[str, str]] | None = None) -> str:
+    """A row a variant: median and quartiles in ms, ratio of medians and of best times to ``base``."""
+    extra = extra or {}
+    head = ["", "median ms", "quartiles ms", f"median / {base}", f"best / {base}", *extra]
+    rows = []
+    for name, t in timings.items():
+        b = timings[base]
+        rows.append([
+            name, f"{t.median * 1e3:.1f}", f"{t.low * 1e3:.1f} to {t.high * 1e3:.1f}",
+            f"{t.median / b.median:.2f}", f"{t.best / b.best:.2f}", *(column.get(name, "") for column in extra.values()),
+        ])  # fmt: skip
+    return table(head, rows)
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+
+
+def section(title: str, *paragraphs: str) -> None:
+    """Prints a part of docs/performance.md."""
+    print("\n\n".join([f"## {title}", *paragraphs, where()]), flush=True)
+
+
+def where() -> str:
+    command = " ".join(["python", os.path.relpath(sys.argv[0]), *sys.argv[1:]])
+    return (
+        f"`{command}`: Python {platform.python_version()}, PyTorch {torch.__version__}, {torch.get_num_threads()} "
+        f"threads, {processor()}, {os.cpu_count()} cores, {platform.system()}; load before {LOAD:.1f}."
+    )
+
+
+LOAD = os.getloadavg()[0]
+
+
+def processor() -> str:
+    """The processor's name; what the system hides stays hidden."""
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            fields = dict(line.split(":", 1) for line in file.read().split("\n\n")[0].splitlines() if ":" in line)
+        names = {key.strip(): value.strip() for key, value in fields.items()}
+        return f"{names['model name']} (family {names['cpu family']}, model {names['model']})"
+    except (OSError, KeyError, ValueError):
+        return platform.processor() or platform.machine()
+
+
+def extra_peak_mb(work: Callable[[], object]) -> float:
+    """Peak resident memory of this process during ``work`` over that before it, in MB (10⁶ bytes); Linux only.
+
+    Call it in a fresh process, after a warm-up at small size: memory that the allocator has hidden away would be
+    missed.
+    """
+    with open("/proc/self/clear_refs", "w") as file:
+        file.write("5")  # the high-water mark starts anew
+    before = _status("VmRSS")
+    work()
+    return (_status("VmHWM") - before) * 1024 / 1e6
+
+
+def _status(field: str) -> int:
+    with open("/proc/self/status", encoding="utf-8") as file:
+        return next(int(line.split()[1]) for line in file if line.startswith(field + ":"))
+
+
+def in_own_process(script: str, *arguments: str, timeout: float = 900) -> str:
+    """The last line that ``python script arguments`` prints."""
+    done = subprocess.run([sys.executable, script, *arguments], capture_output=True, text=True, timeout=timeout)
+    if done.returncode:
+        raise RuntimeError(f"{script} {' '.join(arguments)} failed:\n{done.stderr[-2000:]}")
+    return done.stdout.strip().splitlines()[-1]

@@ -1,0 +1,101 @@
+"""One modality's fragments as rows of a matrix, ready to be multiplied, and the way back for gradients.
+
+Two layouts. *Packed* (CPU): only the real fragments are rows; items are sorted by their number of fragments,
+so that each run of equal numbers is a block without padding. Finding the runs reads the mask, which on a
+GPU would make the host wait; there, and wherever the host cannot look, the *padded* layout treats all items
+as one run, with zeros in the padded rows, and masks.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from hrem_layers.masked import compute_dtype, safe_reciprocal, zero_padding
+
+
+class Run(NamedTuple):
+    """Consecutive items of one side that have the same width (number of rows) in the product."""
+
+    start: int  # first item, in the side's order
+    stop: int
+    row: int  # first row
+    width: int
+
+    def items(self) -> slice:
+        return slice(self.start, self.stop)
+
+    def rows(self) -> slice:
+        return slice(self.row, self.row + (self.stop - self.start) * self.width)
+
+    def piece(self, start: int, stop: int) -> Run:
+        return Run(start, stop, self.row + (start - self.start) * self.width, self.width)
+
+
+class Side(NamedTuple):
+    """One modality, ready to be multiplied."""
+
+    rows: Tensor  # [total rows, d], normalised if the mode asks for it, in the dtype of the product
+    inverse_norm: Tensor | None  # [total rows, 1], 0 for a zero row
+    runs: list[Run]
+    mask: Tensor | None  # [n, width], only in the padded layout
+    order: Tensor | None  # [n]: which item stands at each place; None = as they came
+    source: Tensor | None  # [total rows]: where each row came from in (n * width); None = as they came
+
+
+def make_side(fragments: Tensor, mask: Tensor | None, *, packed: bool, normalize: bool, dtype: torch.dtype) -> Side:
+    """fragments (n, width, d) and their mask (n, width) -> Side with rows in ``dtype``."""
+    n, width, d = fragments.shape
+    order = source = None
+    runs = [Run(0, n, 0, width)] if n else []
+    if mask is None:
+        rows = fragments.reshape(n * width, d)
+    elif packed:
+        runs, order, source = _find_runs(mask)
+        rows = fragments.reshape(n * width, d).index_select(0, source)
+        mask = None
+    else:
+        rows = zero_padding(fragments, mask).reshape(n * width, d)
+    inverse = None
+    if normalize:
+        rows, inverse = _normalize(rows, owned=mask is not None or source is not None)
+        rows = rows.to(fragments.dtype)
+    return Side(rows.to(dtype), inverse, runs, mask, order, source)
+
+
+def fragments_grad(grad_rows: Tensor, side: Side, fragments: Tensor) -> Tensor:
+    """The gradient of the rows, float32 or better (overwritten) -> that of the fragments (n, width, d)."""
+    n, width, d = fragments.shape
+    if side.inverse_norm is not None:  # x̂ = x / ‖x‖: (g − x̂ <x̂, g>) / ‖x‖
+        rows = side.rows.to(grad_rows.dtype)
+        along = torch.bmm(rows.unsqueeze(1), grad_rows.unsqueeze(2)).squeeze(2)  # a dot product a row
+        grad_rows.addcmul_(rows, along, value=-1).mul_(side.inverse_norm)
+    grad_rows = grad_rows.to(fragments.dtype)
+    if side.source is not None:
+        grad_rows = grad_rows.new_zeros(n * width, d).index_copy_(0, side.source, grad_rows)
+    grad = grad_rows.view(n, width, d)
+    return grad if side.mask is None else grad.masked_fill_(~side.mask.unsqueeze(-1), 0)
+
+
+def _find_runs(mask: Tensor) -> tuple[list[Run], Tensor, Tensor]:
+    n, width = mask.shape
+    lengths, order = mask.sum(dim=1).sort(stable=True)
+    positions = torch.arange(n * width, device=mask.device).view(n, width)[order]
+    source = positions[mask[order]]  # [total real rows], item by item
+    runs, item, row = [], 0, 0
+    found = torch.unique_consecutive(lengths, return_counts=True)
+    for length, count in zip(*(x.tolist() for x in found), strict=True):
+        if length:
+            runs.append(Run(item, item + count, row, length))
+        item, row = item + count, row + count * length
+    return runs, order, source
+
+
+def _normalize(rows: Tensor, *, owned: bool) -> tuple[Tensor, Tensor]:
+    """Rows / ‖row‖ and 1 / ‖row‖ in float32 or better; a zero row stays zero. ``owned``: may be overwritten."""
+    wide = rows.to(compute_dtype(rows.dtype))
+    norm = torch.linalg.vector_norm(wide, dim=1, keepdim=True)
+    inverse = safe_reciprocal(norm, torch.finfo(wide.dtype).tiny ** 0.5)  # as in l2_normalize
+    return wide.mul_(inverse) if owned or wide is not rows else wide * inverse, inverse

@@ -1,0 +1,430 @@
+"""What test_distributed.py runs in several processes; one start of them serves all cases.
+
+    python tests/distributed_cases.py WORLD_SIZE RESULTS.json [case ...]    # default: all but the slow ones
+
+Every process runs every case; RESULTS.json maps case -> null, or what went wrong where. A case that fails on
+one process alone leaves the others waiting: the group's timeout ends that.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor, nn
+
+import hrem_layers.distributed
+import hrem_layers.graph
+from hrem_layers import AssociationGraph, HREMLoss, InfoNCELoss, RelationInteraction, TripletLoss
+from hrem_layers.masked import masked_mean
+
+EMBED, RAW = 8, 5
+CASES: dict[str, Callable[[int, int], None]] = {}
+SLOW = ("equal_under_compile",)
+TIMEOUT = timedelta(seconds=60)
+
+
+def case(function: Callable[[int, int], None]) -> Callable[[int, int], None]:
+    CASES[function.__name__] = function
+    return function
+
+
+class Model(nn.Module):
+    """Two encoders and the loss, as a training script would wrap them."""
+
+    def __init__(
+        self,
+        *,
+        gather: bool,
+        mechanism: str = "fusion",
+        pair_loss: str = "hardest",
+        dropout: float = 0.0,
+        warmup_steps: int = 0,
+        graph: type[AssociationGraph] = AssociationGraph,
+        **graph_options: object,
+    ) -> None:
+        super().__init__()
+        torch.manual_seed(11)
+        self.images, self.texts = nn.Linear(RAW, EMBED), nn.Linear(RAW, EMBED)
+        pair = InfoNCELoss(learnable=True) if pair_loss == "infonce" else TripletLoss(negative_sampling=pair_loss)
+        self.loss = HREMLoss(
+            EMBED,
+            graph=graph(topk=3, **graph_options),
+            interaction=RelationInteraction(EMBED, mechanism=mechanism, num_heads=2, dropout=dropout),
+            pair_loss=pair,
+            warmup_steps=warmup_steps,
+            gather_distributed=gather,
+        )
+        self.double()
+
+    def forward(self, images: Tensor, texts: Tensor, *rest: Tensor | None) -> Tensor:
+        return self.loss(*self.embed(images, texts, *rest))
+
+    def embed(
+        self, images: Tensor, texts: Tensor, image_mask: Tensor | None, text_mask: Tensor | None, ids: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        r, c = self.images(images), self.texts(texts)
+        return masked_mean(r, image_mask), masked_mean(c, text_mask), r, c, image_mask, text_mask, ids
+
+
+class WholeGraph(AssociationGraph):
+    """A graph module that knows nothing of shares: it must get the fragments of all processes."""
+
+    def forward(self, v, u, r, c, r_mask=None, c_mask=None):
+        assert v.shape[0] == r.shape[0] == c.shape[0]
+        return super().forward(v, u, r, c, r_mask, c_mask)
+
+
+def ragged(world: int, *, widest_images: int = 4) -> list[tuple[Tensor | None, ...]]:
+    """A part for each rank: sizes and widths differ, some ranks have no mask, ids repeat across ranks."""
+    generator = torch.Generator().manual_seed(5)
+
+    def side(n: int, width: int, masked: bool) -> tuple[Tensor, Tensor | None]:
+        x = torch.randn(n, width, RAW, generator=generator, dtype=torch.double)
+        if not masked:
+            return x, None
+        mask = torch.rand(n, width, generator=generator) > 0.3
+        mask[:, 0] = True
+        return x, mask
+
+    parts = []
+    for rank in range(world):
+        n = 4 - rank
+        images, image_mask = side(n, widest_images - rank, masked=rank != 0)
+        texts, text_mask = side(n, 3 + rank, masked=rank != 1)
+        parts.append((images, texts, image_mask, text_mask, torch.arange(n) % 3))
+    return parts
+
+
+def even(world: int, n: int = 3) -> list[tuple[Tensor | None, ...]]:
+    """Equal sizes, no masks, no ids."""
+    generator = torch.Generator().manual_seed(6)
+    return [
+        (*(torch.randn(n, 4, RAW, generator=generator, dtype=torch.double) for _ in range(2)), None, None, None)
+        for _ in range(world)
+    ]
+
+
+def whole(parts: list[tuple[Tensor | None, ...]]) -> tuple[Tensor | None, ...]:
+    """The concatenated batch of one process."""
+
+    def join(place: int) -> tuple[Tensor, Tensor]:
+        width = max(part[place].shape[1] for part in parts)
+        rows, masks = [], []
+        for part in parts:
+            x, mask = part[place], part[place + 2]
+            mask = torch.ones(x.shape[:2], dtype=torch.bool) if mask is None else mask
+            rows.append(nn.functional.pad(x, (0, 0, 0, width - x.shape[1])))
+            masks.append(nn.functional.pad(mask, (0, width - x.shape[1])))
+        return torch.cat(rows), torch.cat(masks)
+
+    (images, image_mask), (texts, text_mask) = join(0), join(1)
+    ids = None if parts[0][4] is None else torch.cat([part[4] for part in parts])
+    return images, texts, image_mask, text_mask, ids
+
+
+def check_equal(rank: int, parts: list[tuple[Tensor | None, ...]], **options: object) -> None:
+    """Loss, and gradients after DDP's averaging, against one process on the concatenated batch."""
+    expected = Model(gather=False, **options)
+    torch.manual_seed(3)
+    expected_loss = expected(*whole(parts))
+    expected_loss.backward()
+    model = Model(gather=True, **options)
+    wrapped = nn.parallel.DistributedDataParallel(model)
+    torch.manual_seed(3 + 100 * rank)  # rank 0's numbers are to be those of one process
+    loss = wrapped(*parts[rank])
+    loss.backward()
+    compare(model, expected, loss, expected_loss)
+
+
+def compare(model: nn.Module, expected: nn.Module, loss: Tensor, expected_loss: Tensor) -> None:
+    torch.testing.assert_close(loss, expected_loss, rtol=1e-10, atol=1e-10)
+    assert loss > 0
+    reached = set()
+    for (name, got), want in zip(model.named_parameters(), expected.parameters(), strict=True):
+        grad = got.grad.full_tensor() if hasattr(got.grad, "full_tensor") else got.grad
+        torch.testing.assert_close(grad, want.grad, rtol=1e-8, atol=1e-10, msg=lambda text, n=name: f"{n}: {text}")
+        if grad.any():
+            reached.add(name.rsplit(".", 1)[0])
+    assert {"images", "texts", "loss.graph.mlp_i2t.0", "loss.graph.mlp_t2i.0"} < reached, reached
+
+
+for _mechanism in ("fusion", "standalone"):
+    for _pair in ("hardest", "distance_weighted", "infonce"):
+        for _detach in (True, False):
+
+            def _equal(rank: int, world: int, m: str = _mechanism, p: str = _pair, d: bool = _detach) -> None:
+                check_equal(rank, ragged(world), mechanism=m, pair_loss=p, detach_fragments=d)
+
+            _equal.__name__ = f"equal_{_mechanism}_{_pair}_{'detached' if _detach else 'through_fragments'}"
+            case(_equal)
+
+
+@case
+def equal_without_masks_or_ids(rank: int, world: int) -> None:
+    check_equal(rank, even(world), detach_fragments=False)
+
+
+@case
+def equal_where_texts_travel(rank: int, world: int) -> None:
+    check_equal(rank, ragged(world, widest_images=9), detach_fragments=False)
+
+
+@case
+def equal_with_an_empty_rank(rank: int, world: int) -> None:
+    parts = ragged(world)
+    parts[-1] = tuple(None if x is None else x[:0] for x in parts[-1])
+    check_equal(rank, parts, detach_fragments=False)
+
+
+@case
+def equal_with_dropout_in_the_relation_modules(rank: int, world: int) -> None:
+    check_equal(rank, ragged(world), dropout=0.3, pair_loss="distance_weighted")
+
+
+@case
+def equal_with_a_graph_of_the_users_own(rank: int, world: int) -> None:
+    check_equal(rank, ragged(world), graph=WholeGraph, detach_fragments=False)
+
+
+@case
+def equal_with_candidates(rank: int, world: int) -> None:
+    for detach in (True, False):
+        check_equal(rank, ragged(world), candidates=2, detach_fragments=detach)
+    check_equal(rank, ragged(world), candidates=100, detach_fragments=False)
+
+
+@case
+def equal_during_warmup_and_after(rank: int, world: int) -> None:
+    parts = even(world)
+    expected, model = Model(gather=False, warmup_steps=1), Model(gather=True, warmup_steps=1)
+    losses = [(model(*parts[rank]), expected(*whole(parts))) for _ in range(2)]
+    for got, want in losses:
+        torch.testing.assert_close(got, want)
+    assert losses[1][0] > 2 * losses[0][0]
+    assert model.loss.step.item() == 2
+
+
+@case
+def equal_in_eval_mode_without_gradient(rank: int, world: int) -> None:
+    parts = ragged(world)
+    expected, model = Model(gather=False, dropout=0.3).eval(), Model(gather=True, dropout=0.3).eval()
+    with torch.no_grad():
+        got, want = model.loss.terms(*model.embed(*parts[rank])), expected.loss.terms(*expected.embed(*whole(parts)))
+    for x, y in zip(got, want, strict=True):
+        torch.testing.assert_close(x, y)
+
+
+@case
+def equal_over_two_accumulated_steps(rank: int, world: int) -> None:
+    first, second = even(world), even(world, n=2)
+    expected, model = Model(gather=False, detach_fragments=False), Model(gather=True, detach_fragments=False)
+    wrapped = nn.parallel.DistributedDataParallel(model)
+    with wrapped.no_sync():
+        wrapped(*first[rank]).backward()
+    loss = wrapped(*second[rank])
+    loss.backward()
+    expected(*whole(first)).backward()
+    expected_loss = expected(*whole(second))
+    expected_loss.backward()
+    compare(model, expected, loss, expected_loss)
+
+
+@case
+def equal_under_fsdp2(rank: int, world: int) -> None:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+
+    parts = ragged(world)
+    for split in (False, True):  # everything in one group of parameters, or each relation module in its own
+        expected, model = Model(gather=False, detach_fragments=False), Model(gather=True, detach_fragments=False)
+        mesh = init_device_mesh("cpu", (world,))
+        if split:
+            for part in (model.loss.graph, model.loss.interaction, model.loss):
+                fully_shard(part, mesh=mesh)
+            register_fsdp_forward_method(model.loss, "terms")
+        fully_shard(model, mesh=mesh)
+        loss, expected_loss = model(*parts[rank]), expected(*whole(parts))
+        loss.backward()
+        expected_loss.backward()
+        compare(model, expected, loss, expected_loss)
+    terms = model.loss.terms(*(None if x is None else x.detach() for x in expected.embed(*parts[rank])))
+    torch.testing.assert_close(terms.total, expected_loss)
+
+
+@case
+def equal_under_compile(rank: int, world: int) -> None:
+    parts = ragged(world)
+    expected, model = Model(gather=False, detach_fragments=False), Model(gather=True, detach_fragments=False)
+    wrapped = nn.parallel.DistributedDataParallel(model)
+    model.loss.compile(backend="aot_eager")
+    loss, expected_loss = wrapped(*parts[rank]), expected(*whole(parts))
+    loss.backward()
+    expected_loss.backward()
+    compare(model, expected, loss, expected_loss)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 1  # it did not just run eagerly
+
+
+@contextlib.contextmanager
+def recorded(module: object, name: str) -> Iterator[list[tuple]]:
+    """The arguments of every call of ``module.name``."""
+    original, calls = getattr(module, name), []
+
+    def record(*args: object, **options: object) -> object:
+        calls.append(args)
+        return original(*args, **options)
+
+    setattr(module, name, record)
+    try:
+        yield calls
+    finally:
+        setattr(module, name, original)
+
+
+@case
+def alignment_is_done_once_over_the_ranks(rank: int, world: int) -> None:
+    for widest_images in (4, 9):  # texts stay, images stay
+        parts = ragged(world, widest_images=widest_images)
+        with recorded(hrem_layers.graph, "align_fragments") as calls:
+            Model(gather=True)(*parts[rank])
+        ((images, texts, *_),) = calls
+        n, own = sum(part[0].shape[0] for part in parts), parts[rank][0].shape[0]
+        assert (images.shape[0], texts.shape[0]) == ((n, own) if widest_images == 4 else (own, n))
+
+
+@case
+def candidates_are_aligned_once_over_the_ranks(rank: int, world: int) -> None:
+    parts = ragged(world)
+    with recorded(hrem_layers.graph, "align_candidates") as calls:
+        Model(gather=True, candidates=2)(*parts[rank])
+    assert [call[4].shape for call in calls] == [(parts[rank][0].shape[0], 2)] * 2
+
+
+@case
+def backward_is_silent_where_fragments_are_detached(rank: int, world: int) -> None:
+    collectives = [
+        name for name in ("all_gather_single", "all_gather_into_tensor", "reduce_scatter_single",
+                          "reduce_scatter_tensor", "all_reduce", "broadcast") if hasattr(dist, name)
+    ]  # fmt: skip
+    for detach, sent in ((True, 0), (False, 1)):
+        loss = Model(gather=True, detach_fragments=detach)(*even(world)[rank])
+        with contextlib.ExitStack() as stack:
+            calls = [stack.enter_context(recorded(dist, name)) for name in collectives]
+            loss.backward()
+        assert sum(map(len, calls)) == sent
+
+
+@case
+def every_rank_keeps_its_own_random_stream(rank: int, world: int) -> None:
+    model = Model(gather=True, pair_loss="distance_weighted", dropout=0.3)
+    torch.manual_seed(rank)
+    before = torch.get_rng_state()
+    model(*even(world)[rank])
+    assert torch.equal(before, torch.get_rng_state()) == (rank != 0)
+
+
+def refused_everywhere(rank: int, guilty: int, message: str, change: Callable[[list], None]) -> None:
+    """All ranks must raise; and be in step afterwards."""
+    parts = ragged(dist.get_world_size())
+    model = Model(gather=True, detach_fragments=False)
+    arguments = list(model.embed(*parts[rank]))
+    if rank == guilty:
+        change(arguments)
+    try:
+        model.loss(*arguments)
+    except (TypeError, ValueError) as error:
+        assert message in str(error), str(error)
+    else:
+        raise AssertionError("not refused")
+    total = torch.ones(())
+    dist.all_reduce(total)
+    assert total.item() == dist.get_world_size()
+
+
+REFUSED = {
+    "ids_on_one_rank": ("image_ids must be given on all processes or on none, got ", 6, lambda x: None),
+    "ids_of_the_wrong_shape": ("image_ids must have shape", 6, lambda x: x[:-1]),
+    "no_tensor": ("image_embedding must be a tensor", 0, lambda x: x.tolist()),
+    "embeddings_of_another_size": ("image_embedding must have shape", 0, lambda x: x[:, :-1]),
+    "fewer_texts_than_images": ("text_embedding must have shape", 1, lambda x: x[:-1]),
+    "embedding_of_another_dtype": ("image_embedding must have the same dtype", 0, lambda x: x.float()),
+    "fragments_of_another_dtype": ("text_fragments must have the same dtype", 3, lambda x: x.float()),
+    "fragments_of_another_size": ("image_fragments must have the same size F", 2, lambda x: x[:, :, :-1]),
+    "fragments_of_other_items": ("image_fragments must have shape", 2, lambda x: x[:-1]),
+    "no_fragments": ("text_fragments must be at least 1 wide", 3, lambda x: x[:, :0]),
+    "integer_fragments": ("text_fragments must be a floating-point", 3, lambda x: x.long()),
+    "mask_of_the_wrong_shape": ("text_mask must have shape", 5, lambda x: torch.ones(1, 1, dtype=torch.bool)),
+    "mask_of_numbers": ("image_mask must be a bool tensor", 4, torch.Tensor.double),
+    "gradients_on_one_rank": ("image_fragments must require gradients on all", 2, lambda x: x.detach()),
+}  # fmt: skip
+for _name, (_message, _place, _make) in REFUSED.items():
+
+    def _refused(rank: int, world: int, message: str = _message, place: int = _place, make: Callable = _make) -> None:
+        def change(arguments: list) -> None:
+            arguments[place] = make(arguments[place])
+
+        refused_everywhere(rank, 1, message, change)
+
+    _refused.__name__ = f"refused_{_name}"
+    case(_refused)
+
+
+@case
+def refused_training_and_eval_together(rank: int, world: int) -> None:
+    model = Model(gather=True).train(rank != 0)
+    try:
+        model(*even(world)[rank])
+    except ValueError as error:
+        assert "must be in training mode on all processes or on none, got no on rank 0, yes on rank 1" in str(error)
+    else:
+        raise AssertionError("not refused")
+
+
+@case
+def the_error_names_the_rank(rank: int, world: int) -> None:
+    refused_everywhere(
+        rank, 1, "text_mask must" if rank == 1 else "on rank 1: text_mask must",
+        lambda arguments: arguments.__setitem__(5, torch.ones(1, 1)),
+    )  # fmt: skip
+
+
+def work(rank: int, world: int, folder: str, names: list[str]) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=world, timeout=TIMEOUT)
+    results = {}
+    for name in names:
+        print(f"{time.monotonic():.1f} rank {rank}: {name}", flush=True)  # the last line tells where a process died
+        try:
+            CASES[name](rank, world)
+            results[name] = None
+        except Exception:
+            results[name] = traceback.format_exc()
+        Path(folder, f"{rank}.json").write_text(json.dumps(results))
+    dist.destroy_process_group()
+
+
+def main() -> None:
+    world, out = int(sys.argv[1]), Path(sys.argv[2])
+    names = sys.argv[3:] or [name for name in CASES if name not in SLOW]
+    with tempfile.TemporaryDirectory() as folder:
+        mp.spawn(work, (world, folder, names), nprocs=world)
+        by_rank = [json.loads(Path(folder, f"{rank}.json").read_text()) for rank in range(world)]
+    results = {}
+    for name in names:
+        wrong = [f"rank {rank}:\n{found[name]}" for rank, found in enumerate(by_rank) if found[name] is not None]
+        results[name] = "\n".join(wrong) or None
+    out.write_text(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main()

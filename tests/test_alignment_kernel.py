@@ -1,0 +1,203 @@
+"""The fused kernel on sizes that matter to it, in Triton's interpreter, and how it is chosen and launched.
+
+The interpreter must be chosen before Triton is imported: the cases run in one process of their own (this file as a
+script), which prints each case's error against the float64 tiles; the tests here read them. The kernel's compilation
+for real GPUs needs none and is tested too (slow).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+
+from hrem_layers.alignment import align_fragments, launch
+from hrem_layers.alignment.formula import LEAKY_SLOPE, Scores
+
+needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="needs triton")
+
+# name: images, regions, texts, words, dim, topk, mode, image mask, text mask, dtype, elements of grad_x at one time
+CASES = {
+    "the release's widths": (5, 36, 5, 24, 40, 10, "scan", False, True, "float32", 2**26),
+    "no masks": (3, 36, 4, 8, 16, 10, "scan", False, False, "float32", 2**26),
+    "masked regions, two parts": (6, 36, 5, 20, 33, 10, "scan", True, True, "float32", 2**26),
+    "one region, one word": (3, 1, 2, 1, 7, 3, "scan", False, False, "float32", 2**26),
+    "topk beyond both": (2, 5, 3, 4, 8, 50, "scan", True, True, "float32", 2**26),
+    "three lengths of texts": (3, 17, 7, 40, 12, 10, "scan", False, True, "float32", 2**26),
+    "one part of 64": (2, 49, 3, 18, 20, 10, "scan", True, True, "float32", 2**26),
+    "widest regions": (2, 200, 2, 5, 8, 10, "scan", False, True, "float32", 2**26),
+    "widest texts": (2, 4, 2, 128, 8, 10, "scan", False, True, "float32", 2**26),
+    "cosine": (3, 20, 4, 12, 16, 5, "cosine", True, True, "float32", 2**26),
+    "dot": (3, 20, 4, 12, 16, 5, "dot", True, True, "float32", 2**26),
+    "backward in pieces": (7, 20, 6, 18, 9, 10, "scan", True, True, "float32", 3 * 18 * 20 * 2),
+    "half precision": (4, 36, 4, 20, 64, 10, "scan", True, True, "float16", 2**26),
+}
+TOLERANCE = {"float32": 2e-4, "float16": 2e-2}
+
+
+def run_case(images, regions, texts, words, dim, topk, mode, image_masked, text_masked, dtype, elements):
+    """The kernel's largest error relative to the largest number, for each of values and gradients."""
+    g = torch.Generator().manual_seed(0)
+    dtype = getattr(torch, dtype)
+    r, c = (torch.randn(n, m, dim, generator=g).to(dtype) for n, m in ((images, regions), (texts, words)))
+    image_mask = torch.rand(images, regions, generator=g) < 0.7 if image_masked else None
+    text_mask = None
+    if text_masked:  # prefixes of every length, one with a hole, one empty
+        text_mask = torch.arange(words) < torch.linspace(0, words, texts).ceil().unsqueeze(1)
+        text_mask[-1, words // 2] = False
+        c = c.masked_fill(~text_mask.unsqueeze(2), torch.nan)
+    shapes = (images, texts), (texts, images), (images, texts, topk), (texts, images, topk)
+    grad = Scores(*(torch.randn(shape, generator=g) for shape in shapes))
+
+    launch._GRAD_ELEMENTS = elements
+    options = {"mode": mode, "topk": topk, "dtype": dtype}
+    actual = [
+        *launch.score_all_fused(r, c, image_mask, text_mask, **options),
+        *launch.score_all_fused_backward(r, c, image_mask, text_mask, grad, **options),
+    ]
+    assert all(x.dtype == dtype for x in actual[4:]) and all(x.dtype == torch.float32 for x in actual[:4])
+    r64, c64 = r.double().requires_grad_(), c.double().requires_grad_()
+    scores = align_fragments(r64, c64, image_mask, text_mask, topk=topk, mode=mode)
+    total = sum((x * y.double()).sum() for x, y in zip(scores, grad, strict=True))
+    expected = [*(x.detach() for x in scores), *torch.autograd.grad(total, (r64, c64))]
+    largest = max(float(x.abs().max()) for x in expected[4:])  # a gradient may be the tiny difference of large terms
+    scales = [*(float(x.abs().max()) for x in expected[:4]), max(1.0, largest), max(1.0, largest)]
+    return max(
+        float((x.double() - y).abs().max()) / scale if torch.isfinite(x).all() else float("inf")
+        for x, y, scale in zip(actual, expected, scales, strict=True)
+    )
+
+
+@pytest.fixture(scope="module")
+def errors():
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    done = subprocess.run(
+        [sys.executable, str(Path(__file__))], env=environment, capture_output=True, text=True, timeout=600
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@needs_triton
+@pytest.mark.parametrize("name", CASES)
+def test_kernel_agrees_with_float64(name, errors):
+    assert errors[name] <= TOLERANCE[CASES[name][-2]], name
+
+
+def test_region_parts_hold_all_regions_with_little_idle():
+    for r in range(1, launch.MAX_REGIONS + 1):
+        a, b = launch.region_parts(r)
+        assert r <= a + b <= max(16, 4 / 3 * r + 16)
+        assert all(n & (n - 1) == 0 and (n == 0 or n >= 16) for n in (a, b))
+    assert launch.region_parts(36) == (32, 16)
+
+
+@pytest.mark.parametrize(("words", "masked", "expected"), [
+    (24, False, [(0, 32)]), (24, True, [(0, 16), (16, 32)]), (5, True, [(0, 16)]),
+    (128, True, [(0, 16), (16, 32), (32, 64), (64, 128)]),
+])  # fmt: skip
+def test_every_text_belongs_to_one_launch(words, masked, expected):
+    found = [(smallest, blocks.words) for blocks, smallest in launch._launches(words, 36, 2, masked, 192)]
+    assert found == expected
+
+
+def test_backward_pieces_cover_every_pair_once():
+    for elements in (1, 100, 2000, 2**26):
+        launch_elements, launch._GRAD_ELEMENTS = launch._GRAD_ELEMENTS, elements
+        try:
+            seen = torch.zeros(7, 9)
+            for t0, t1, i0, i1 in launch._chunks(7, 6, 9, 5):
+                seen[t0:t1, i0:i1] += 1
+                assert (t1 - t0) * 6 * (i1 - i0) * 5 <= max(elements, 30)
+        finally:
+            launch._GRAD_ELEMENTS = launch_elements
+        assert (seen == 1).all()
+
+
+def test_the_kernel_is_not_for_a_cpu_and_is_not_imported_there():
+    x = torch.randn(2, 3, 4)
+    assert not launch.kernel_applies(x, x, torch.float32)
+    code = (
+        "import sys, torch, hrem_layers\n"
+        "x = torch.randn(2, 3, 4)\n"
+        "hrem_layers.align_fragments(x, x)\n"
+        "assert 'hrem_layers.alignment.kernel' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@needs_triton
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", [80, 90])
+def test_kernels_compile_for_gpus(capability, tmp_path, monkeypatch):
+    """To machine code, without a GPU at hand; the usual widths fit into registers."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    from hrem_layers.alignment import kernel
+
+    for words in (16, 32):
+        for function, columns in (
+            (kernel.align_kernel, launch._TILE_COLUMNS),
+            (kernel.align_grad_kernel, launch._GRAD_TILE_COLUMNS),
+        ):
+            compiled = compile_for(function, capability, launch.blocks_for(words, 36, 2, columns))
+            assert compiled.asm["cubin"]
+            assert compiled.metadata.shared <= 99 * 1024
+            assert ("wgmma" if capability == 90 else "mma.sync") in compiled.asm["ptx"]
+
+
+def compile_for(function, capability, blocks):
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    constants = {
+        "BT": blocks.texts, "BI": blocks.images, "WP": blocks.words, "RA": blocks.regions_a, "RB": blocks.regions_b,
+        "BD": blocks.depth, "SMALLEST": 0, "MASKED_WORDS": True, "MASKED_REGIONS": False, "SCAN": True,
+        "SLOPE": LEAKY_SLOPE, "EPS2": 1e-14, "PRECISION": "tf32", "image_mask": None,
+    }  # fmt: skip
+    types = dict.fromkeys(("num_texts", "num_images", "W", "R", "D", "K", "ROW"), "i32")
+    types |= dict.fromkeys(("texts", "images", "grad_x"), "*bf16") | {"text_mask": "*i1", "extent": "*i32"}
+    names = function.arg_names
+    signature = {name: "constexpr" if name in constants else types.get(name, "*fp32") for name in names}
+    source = ASTSource(
+        function, signature, constexprs={(names.index(name),): value for name, value in constants.items()},
+        attrs={(names.index(name),): [["tt.divisibility", 16]] for name in ("texts", "images", "D")},
+    )  # fmt: skip
+    options = {"num_warps": launch._NUM_WARPS, "num_stages": launch._NUM_STAGES}
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_on_a_gpu(dtype):
+    g = torch.Generator().manual_seed(0)
+    dtype = getattr(torch, dtype)
+    r, c = torch.randn(20, 36, 256, generator=g), torch.randn(24, 24, 256, generator=g)
+    mask = torch.arange(24) < torch.randint(1, 25, (24, 1), generator=g)
+    inputs = [x.to("cuda", dtype).requires_grad_() for x in (r, c)]
+    assert launch.kernel_applies(*inputs, dtype)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        device_mask = mask.cuda()
+        scores = align_fragments(*inputs, None, device_mask)
+        sum(x.square().sum() for x in scores).backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    exact = [x.detach().cpu().double().requires_grad_() for x in inputs]
+    expected = align_fragments(*exact, None, mask)
+    sum(x.square().sum() for x in expected).backward()
+    tolerance = {torch.float32: 2e-3, torch.float16: 2e-2, torch.bfloat16: 6e-2}[dtype]
+    pairs = [*zip(scores, expected, strict=True), *((x.grad, y.grad) for x, y in zip(inputs, exact, strict=True))]
+    for x, y in pairs:
+        assert (x.detach().cpu().double() - y.detach()).abs().max() <= tolerance * y.abs().max()
+
+
+if __name__ == "__main__":
+    print(json.dumps({name: run_case(*case) for name, case in CASES.items()}))

@@ -1,0 +1,153 @@
+"""Every way to compute the alignment against one slow loop written straight from the formulas.
+
+Packed tiles, padded tiles, any chunk, with and without similarities kept for backward, and the fused kernel in Triton's
+interpreter. The interpreter must be chosen before Triton is imported, so the kernel runs in a process of its
+own: this file, run as a script.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hrem_layers.alignment import launch, tiling
+from hrem_layers.alignment.formula import Scores
+
+MODES = ("scan", "cosine", "dot")
+
+
+def loop_pair(regions, words, mode, topk):
+    """One image's real regions (m, D), one text's real words (n, D) -> p and q, image→text and text→image."""
+    s = regions @ words.t()
+    if mode != "dot":
+        s = s / (regions.norm(dim=1)[:, None] * words.norm(dim=1)[None, :])
+    per_region, per_word = [], []
+    if mode == "scan":
+        s = torch.where(s > 0, s, 0.1 * s)
+    for m in range(len(regions)):
+        column_norms = [s[:, n].norm() if mode == "scan" else 1 for n in range(len(words))]
+        per_region.append(torch.stack([s[m, n] / column_norms[n] for n in range(len(words))]).max())
+    for n in range(len(words)):
+        row_norms = [s[m].norm() if mode == "scan" else 1 for m in range(len(regions))]
+        per_word.append(torch.stack([s[m, n] / row_norms[m] for m in range(len(regions))]).max())
+    pooled = []
+    for values in (torch.stack(per_region), torch.stack(per_word)):
+        largest = values.sort(descending=True).values[:topk]
+        pooled += [values.mean(), torch.cat([largest, largest.new_zeros(topk - len(largest))])]
+    return pooled
+
+
+def loop(images, texts, image_mask, text_mask, mode, topk):
+    """The four Scores of all pairs; one without a real fragment has zeros."""
+    nothing = (images.sum() + texts.sum()) * 0
+    rows = []
+    for i in range(len(images)):
+        for t in range(len(texts)):
+            regions = images[i] if image_mask is None else images[i][image_mask[i]]
+            words = texts[t] if text_mask is None else texts[t][text_mask[t]]
+            if len(regions) and len(words):
+                rows.append(loop_pair(regions, words, mode, topk))
+            else:
+                rows.append([nothing, nothing.expand(topk)] * 2)
+    mean_i2t, top_i2t, mean_t2i, top_t2i = (
+        torch.stack(x).unflatten(0, (len(images), len(texts))) for x in zip(*rows, strict=True)
+    )
+    return Scores(mean_i2t, mean_t2i.transpose(0, 1), top_i2t, top_t2i.transpose(0, 1))
+
+
+def tiled(images, texts, image_mask, text_mask, grad, *, mode, topk, packed, chunk_size, kept):
+    setting = tiling.Setting(mode, topk, chunk_size, packed, images.dtype)
+    buffer = images.new_full((kept,), torch.nan)
+    scores = tiling.score_all(images, texts, image_mask, text_mask, setting, buffer)
+    return [*scores, *tiling.score_all_backward(images, texts, image_mask, text_mask, grad, setting, buffer)]
+
+
+def fused(images, texts, image_mask, text_mask, grad, *, mode, topk):
+    options = {"mode": mode, "topk": topk, "dtype": images.dtype}
+    tensors = images, texts, image_mask, text_mask
+    return [*launch.score_all_fused(*tensors, **options), *launch.score_all_fused_backward(*tensors, grad, **options)]
+
+
+@st.composite
+def cases(draw, most_items, most_width, most_dim):
+    """(images, texts, image mask, text mask, gradients), mode and topk; masks need not be prefixes nor hold anything."""
+    i, t = (draw(st.integers(1, most_items)) for _ in range(2))
+    r, w = (draw(st.integers(1, most_width)) for _ in range(2))
+    dim, topk, mode = draw(st.integers(2, most_dim)), draw(st.integers(1, most_width + 2)), draw(st.sampled_from(MODES))
+    g = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    share = draw(st.sampled_from([0.2, 0.7]))
+    masks = [torch.rand(n, m, generator=g) < share if draw(st.booleans()) else None for n, m in ((i, r), (t, w))]
+    images, texts = (torch.randn(n, m, dim, generator=g, dtype=torch.float64) for n, m in ((i, r), (t, w)))
+    shapes = (i, t), (t, i), (i, t, topk), (t, i, topk)
+    grad = Scores(*(torch.randn(shape, generator=g, dtype=torch.float64) for shape in shapes))
+    return (images, texts, *masks, grad), mode, topk
+
+
+def by_loop(images, texts, image_mask, text_mask, grad, mode, topk):
+    images, texts = images.clone().requires_grad_(), texts.clone().requires_grad_()
+    scores = loop(images, texts, image_mask, text_mask, mode, topk)
+    total = sum((x * y).sum() for x, y in zip(scores, grad, strict=True))
+    return [*(x.detach() for x in scores), *torch.autograd.grad(total, (images, texts))]
+
+
+def check(actual, expected, tolerance):
+    """``tolerance`` is relative to the largest number; gradients may be tiny differences of large ones."""
+    names = (*Scores._fields, "grad of images", "grad of texts")
+    largest = max(1.0, max(float(x.abs().max()) for x in expected[4:]))
+    for name, x, y in zip(names, actual, expected, strict=True):
+        assert x.shape == y.shape, (name, x.shape, y.shape)
+        assert torch.isfinite(x).all(), name
+        error = float((x.double() - y).abs().max())
+        scale = largest if name.startswith("grad") else max(1.0, float(y.abs().max()))
+        assert error <= tolerance * scale, f"{name}: off by {error:.3g} where the largest is {scale:.3g}"
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    case=cases(4, 6, 5), packed=st.booleans(), chunk_size=st.none() | st.integers(1, 20),
+    kept=st.sampled_from([0, 7, 60, 5000]),
+)  # fmt: skip
+def test_tiles_are_the_loop(case, packed, chunk_size, kept):
+    tensors, mode, topk = case
+    options = {"mode": mode, "topk": topk, "packed": packed, "chunk_size": chunk_size, "kept": kept}
+    check(tiled(*tensors, **options), by_loop(*tensors, mode, topk), 1e-8)
+
+
+@pytest.mark.skipif(find_spec("triton") is None, reason="the kernel's interpreter comes with triton")
+def test_the_kernel_is_the_loop():
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    done = subprocess.run(
+        [sys.executable, str(Path(__file__))], env=environment, capture_output=True, text=True, timeout=600
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "kernel cases: " in done.stdout
+
+
+def kernel_in_the_interpreter():
+    count = 0
+
+    @settings(max_examples=25, deadline=None, database=None, derandomize=True)
+    @given(case=cases(3, 20, 40))
+    def kernel_is_the_loop(case):
+        nonlocal count
+        count += 1
+        (images, texts, image_mask, text_mask, grad), mode, topk = case
+        # the loop gets what float32 makes of the input, so that only the kernel's own rounding differs
+        images, texts = images.float(), texts.float()
+        actual = fused(images, texts, image_mask, text_mask, Scores(*(x.float() for x in grad)), mode=mode, topk=topk)
+        check(actual, by_loop(images.double(), texts.double(), image_mask, text_mask, grad, mode, topk), 2e-4)
+
+    kernel_is_the_loop()
+    print(f"kernel cases: {count}")
+
+
+if __name__ == "__main__":
+    kernel_in_the_interpreter()
