@@ -48,6 +48,10 @@ def bare_matmul(batch: Batch) -> Callable[[], Tensor]:
 def options(description: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--threads", type=int, default=2, help="threads of PyTorch")
+    parser.add_argument(
+        "--clock", choices=("wall", "cpu"), default="wall",
+        help="cpu = processor time, which other processes disturb less; only for one thread",
+    )  # fmt: skip
     parser.add_argument("--repeats", type=int, default=15, help="timings of each variant, taken in turn")
     return parser
 
@@ -59,16 +63,17 @@ class Timing(NamedTuple):
     best: float
 
 
-def time_in_turn(variants: dict[str, Callable[[], object]], repeats: int) -> dict[str, Timing]:
+def time_in_turn(variants: dict[str, Callable[[], object]], repeats: int, clock: str = "wall") -> dict[str, Timing]:
     """Each variant once to warm up, then ``repeats`` rounds in which each runs once: noise meets all alike."""
+    now = {"wall": time.perf_counter, "cpu": time.process_time}[clock]
     for run in variants.values():
         run()
     seconds: dict[str, list[float]] = {name: [] for name in variants}
     for _ in range(repeats):
         for name, run in variants.items():
-            start = time.perf_counter()
+            start = now()
             run()
-            seconds[name].append(time.perf_counter() - start)
+            seconds[name].append(now() - start)
     return {name: summarize(values) for name, values in seconds.items()}
 
 
@@ -77,16 +82,15 @@ def summarize(values: list[float]) -> Timing:
     return Timing(statistics.median(values), quartiles[0], quartiles[2], min(values))
 
 
-def ratio_table(timings: dict[str, Timing], base: str, extra: dict[str, dict[str, str]] | None = None) -> str:
+def ratio_table(timings: dict[str, Timing], base: str) -> str:
     """A row a variant: median and quartiles in ms, ratio of medians and of best times to ``base``."""
-    extra = extra or {}
-    head = ["", "median ms", "quartiles ms", f"median / {base}", f"best / {base}", *extra]
+    head = ["", "median ms", "quartiles ms", f"median / {base}", f"best / {base}"]
     rows = []
     for name, t in timings.items():
         b = timings[base]
         rows.append([
             name, f"{t.median * 1e3:.1f}", f"{t.low * 1e3:.1f} to {t.high * 1e3:.1f}",
-            f"{t.median / b.median:.2f}", f"{t.best / b.best:.2f}", *(column.get(name, "") for column in extra.values()),
+            f"{t.median / b.median:.2f}", f"{t.best / b.best:.2f}",
         ])  # fmt: skip
     return table(head, rows)
 

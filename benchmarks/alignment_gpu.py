@@ -1,4 +1,4 @@
-"""On a GPU: the fused kernel against cuBLAS, batched PyTorch and a loop over captions; exactness, memory, no waiting."""
+"""On a GPU: the kernel against cuBLAS, batched PyTorch and a loop over captions; exactness, memory, no waiting."""
 
 from __future__ import annotations
 

@@ -35,6 +35,7 @@ def main() -> None:
                 "loop over captions": lambda: per_caption(images, texts, lengths),
             },
             arguments.repeats,
+            arguments.clock,
         )
     both = time_in_turn(
         {
@@ -44,6 +45,7 @@ def main() -> None:
             "loop over captions": lambda: step(per_caption, lengths),
         },
         max(3, arguments.repeats // 2),
+        arguments.clock,
     )
     section(
         "Alignment and graph against the bare matrix product",

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
-from _common import make_batch, options, ratio_table, section, time_in_turn
+from _common import Batch, make_batch, options, ratio_table, section, time_in_turn
 from torch._dynamo.utils import counters
 
 from hrem_layers import HREMLoss
 
 SIZES = {"release (N = 128, D = 1024)": (128, 36, 8, 24, 1024), "small (N = 64, D = 256)": (64, 36, 8, 24, 256)}
+
+
+def step(module, batch: Batch) -> None:
+    module.zero_grad()
+    inputs = [x.detach().requires_grad_() for x in batch[:4]]
+    module(*inputs, None, batch.text_mask).backward()
 
 
 def main() -> None:
@@ -20,15 +28,10 @@ def main() -> None:
         counters.clear()
         batch, loss = make_batch(*size), HREMLoss(size[-1])
         compiled = torch.compile(loss, fullgraph=True, dynamic=True)
-
-        def step(module, batch=batch, loss=loss) -> None:
-            loss.zero_grad()
-            inputs = [x.detach().requires_grad_() for x in batch[:4]]
-            module(*inputs, None, batch.text_mask).backward()
-
-        timings = time_in_turn({"eager": lambda: step(loss), "compiled": lambda: step(compiled)}, arguments.repeats)
+        variants = {"eager": functools.partial(step, loss, batch), "compiled": functools.partial(step, compiled, batch)}
+        timings = time_in_turn(variants, arguments.repeats, arguments.clock)
         for n, regions, words in ((48, 30, 20), (40, 33, 28), (96, 20, 12)):
-            step(compiled, make_batch(n, regions, 4, words, size[-1]), loss)
+            step(compiled, make_batch(n, regions, 4, words, size[-1]))
         graphs = counters["stats"]["unique_graphs"]
         paragraphs += [
             f"{name}, {graphs} graph{'s' * (graphs != 1)} after four different N, R and W:",

@@ -1,6 +1,6 @@
 """What one process computes and receives in a step of the gathered loss, at 1, 2 and 4 processes.
 
-    python benchmarks/distributed_counts.py                 # prints the table of docs/distributed.md
+    python benchmarks/distributed_counts.py      # prints the table of docs/distributed.md
 
 Counted, not timed: multiply-adds (2 FLOP) of the matrix products that torch.profiler sees, with their shapes,
 and the bytes that each process receives in the collectives of the library (DDP's or FSDP's own not included).
@@ -133,10 +133,10 @@ def measure(rank: int, world: int, options: argparse.Namespace, folder: str) -> 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--items", type=int, default=128, help="global batch N")
+    parser.add_argument("--items", type=int, default=256, help="global batch N")
     parser.add_argument("--regions", type=int, default=36)
     parser.add_argument("--words", type=int, default=32)
-    parser.add_argument("--dim", type=int, default=512)
+    parser.add_argument("--dim", type=int, default=64)
     parser.add_argument("--candidates", type=int, default=16)
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2, 4])
     options = parser.parse_args()
@@ -149,8 +149,9 @@ def main() -> None:
     n, r, w, d = options.items, options.regions, options.words, options.dim
     print(f"N = {n} in all, R = {r}, W = {w}, D = {d}, float32; forward and backward\n")
     print(
-        "| alignment | processes | alignment, GFLOP a process | the rest, GFLOP a process | received in all-gathers, MB a process | received in reduce-scatters, MB a process |"
-    )  # noqa: E501
+        "| alignment | processes | alignment, GFLOP a process | the rest, GFLOP a process | "
+        "received in all-gathers, MB a process | received in reduce-scatters, MB a process |"
+    )
     print("|---|---|---|---|---|---|")
     for name, rows in table.items():
         for world, (flops, volume) in rows.items():

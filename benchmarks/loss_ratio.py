@@ -33,6 +33,7 @@ def main() -> None:
             "HREMLoss step, detach_fragments=False": lambda: step(full),
         },
         arguments.repeats,
+        arguments.clock,
     )
     product = 2 * int(batch.text_mask.sum()) * RELEASE["n"] * RELEASE["regions"] * RELEASE["dim"]
     with FlopCounterMode(display=False) as counter:  # the alignment is opaque to it: these are all the others

@@ -78,9 +78,13 @@ def measure(make, options: argparse.Namespace, n: int, candidates: int | None) -
     process = context.Process(target=child, args=(there,))
     process.start()
     there.close()
-    result = here.recv()
-    process.join()
-    return result
+    try:
+        return here.recv()
+    except EOFError:
+        process.join()
+        raise RuntimeError(
+            f"the process for N = {n}, candidates = {candidates} ended with {process.exitcode}"
+        ) from None
 
 
 def graph_table(options: argparse.Namespace) -> None:
@@ -103,7 +107,7 @@ def graph_table(options: argparse.Namespace) -> None:
 
 
 def loss_table(options: argparse.Namespace) -> float:
-    """Returns the measured bytes per N² at the largest N with candidates."""
+    """Returns the bytes per N² measured last: at the largest N, with candidates."""
     print(f"\n### HREMLoss, fusion, 16 heads, forward and backward (measured; D = {options.dim})\n")
     print("| N | candidates | alignment, GFLOP | the rest, GFLOP | CPU s | memory, MB | memory / N², bytes |")
     print("|---|---|---|---|---|---|---|")
@@ -147,7 +151,7 @@ def step_costs(
     }
 
 
-def arithmetic_table(options: argparse.Namespace) -> None:
+def arithmetic_table(per_square: float) -> None:
     n, processes, r, w, d, heads, k = 32768, 256, 36, 32, 1024, 16, 64
     print(f"\n### Arithmetic, nothing measured: N = {n}, {processes} processes, R = {r}, W = {w}, D = {d}, "
           f"{heads} heads, fragments in 2 bytes, fragments detached\n")  # fmt: skip
@@ -160,6 +164,9 @@ def arithmetic_table(options: argparse.Namespace) -> None:
     print("|---" * (len(columns) + 1) + "|")
     for name in columns["dense"]:
         print(f"| {name} | " + " | ".join(f"{column[name]:.2g}" for column in columns.values()) + " |")
+    if per_square:
+        whole = " | ".join(f"{per_square * size**2:.2g}" for size in (128, n, n))
+        print(f"| the whole loss at the {per_square:.0f} bytes · N² measured above, bytes | {whole} |")
 
 
 def main() -> None:
@@ -174,9 +181,8 @@ def main() -> None:
     options = parser.parse_args()
     if options.sizes:
         graph_table(options)
-    if options.loss_sizes:
-        loss_table(options)
-    arithmetic_table(options)
+    per_square = loss_table(options) if options.loss_sizes else 0
+    arithmetic_table(per_square)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from emoji_features import package_folder
 CAPTIONS = 5
 NAMES = 3
 FEWEST_KEYWORDS = 3
+KEYWORDS = (4, 6)  # a line has four where there are enough, and at most six of its own
 # What is left out: letters, arrows and signs ("Symbols"), flags (countries' names, nothing that is seen),
 # and skin tones and hair by themselves ("Component").
 LEFT_OUT = frozenset({"Symbols", "Flags", "Component"})
@@ -118,7 +119,7 @@ def choose_captions(
         names: best first. A name whose words are all in an earlier one, or just those of a caption that is
             ``taken``, is passed over; at most three are used.
         keywords: what is not in the names fills the other lines. They are dealt in turn, the rarest first, so
-            that each line says something that few emoji share. A line of fewer than three, or of just the words
+            that each line says something that few emoji share. A line of fewer than four, or of just the words
             of another line or of a ``taken`` caption, goes on with those that come next.
         frequency: of how many emoji each keyword is a keyword.
         taken: the words of captions of other emoji.
@@ -134,12 +135,13 @@ def choose_captions(
     if not lines or len(ordered) < FEWEST_KEYWORDS:
         return None
     used = {*taken, *map(bag, lines)}
-    missing, size = CAPTIONS - len(lines), min(3, len(ordered) - 1)
+    missing = CAPTIONS - len(lines)
+    fewest, most = min(KEYWORDS[0], len(ordered) - 1), KEYWORDS[1]
     for first in range(missing):
-        line = ordered[first::missing][:6] or ordered[first % len(ordered) :][:1]
+        line = ordered[first::missing][:most] or ordered[first % len(ordered) :][:1]
         following = (ordered[(first + step) % len(ordered)] for step in range(1, len(ordered)))
         more = [k for k in following if k not in line]
-        while len(line) < size or bag(" ".join(line)) in used:
+        while len(line) < fewest or bag(" ".join(line)) in used:
             if not more:
                 return None
             line.append(more.pop(0))
@@ -168,7 +170,7 @@ def caption_all(emojis: Sequence[Emoji]) -> list[Captioned]:
 
 
 def concept(emoji: Emoji) -> str:
-    """The name without what tells variants apart: sex and age, colour, direction, open or closed, "face"."""
+    """The first name without what tells variants apart: sex and age, colour, direction, open or closed, "face"."""
     words = emoji.names[0].split()
     if "moon" in words and emoji.category == "Travel & Places":
         return "moon"  # its phases
@@ -177,7 +179,7 @@ def concept(emoji: Emoji) -> str:
     if emoji.subcategory == "cat-face":  # the same faces as the smileys'
         words = [word for word in words if word != "cat"]
     kept = [re.sub(r"(?<=...)s$", "", word) for word in words if word not in _IGNORED]
-    return " ".join(kept) or "person"
+    return " ".join(kept)  # nothing for man, old woman, baby
 
 
 def find_families(table: Sequence[Captioned], overlap: float = 0.5) -> list[list[int]]:

@@ -201,10 +201,9 @@ def _spread(groups: Ints, full: int, slots: int, short: int, draw: Draw) -> tupl
     """
     total, rows = int(groups.sum()), full + (short > 0)
     free = np.array([slots] * full + [short] * (short > 0), np.int64)
-    # The last row's share, rounded at random so that it takes its part of groups and loose pieces alike.
-    share = total * short / max(full * slots + short, 1) + int(draw(1)[0]) / 2**64
-    in_last = min(int(share), short, -(-total // (full + 1)))
-    in_last = max(in_last, total - full * slots)
+    # The last row's share, rounded at random so that it takes its part of groups and of loose pieces alike.
+    capacity = max(full * slots + short, 1)
+    in_last = (total * short + int(draw(1)[0]) % capacity) // capacity
     deep, odd = divmod(total - in_last, full) if full else (0, 0)
     # Columns that not all rows reach come first: the cluster that runs on from one finds its free rows in the next.
     partly = max(in_last - deep, 0)

@@ -87,6 +87,10 @@ class HREMLoss(nn.Module):
         for name, module in (("graph", graph), ("interaction", interaction)):
             if module is not None and not isinstance(module, nn.Module):
                 raise TypeError(f"{name} must be a torch.nn.Module or None, got {type(module).__name__}")
+        if graph is not None and not callable(getattr(graph, "regularization", None)):
+            raise TypeError(f"graph must have a method regularization, got {type(graph).__name__}")
+        if getattr(interaction, "embed_dim", embed_dim) != embed_dim:
+            raise ValueError(f"interaction must have embed_dim {embed_dim} like the loss, got {interaction.embed_dim}")
         if pair_loss is not None and (not callable(pair_loss) or isinstance(pair_loss, type)):
             got = f"the class {pair_loss.__name__}" if isinstance(pair_loss, type) else type(pair_loss).__name__
             raise TypeError(f"pair_loss must be a callable (similarity, positives) -> scalar, got {got}")

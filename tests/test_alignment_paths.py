@@ -78,7 +78,7 @@ def fused(images, texts, image_mask, text_mask, grad, *, mode, topk):
 
 @st.composite
 def cases(draw, most_items, most_width, most_dim):
-    """(images, texts, image mask, text mask, gradients), mode and topk; masks need not be prefixes nor hold anything."""
+    """(images, texts, image mask, text mask, gradients), mode, topk; masks need not be prefixes nor hold anything."""
     i, t = (draw(st.integers(1, most_items)) for _ in range(2))
     r, w = (draw(st.integers(1, most_width)) for _ in range(2))
     dim, topk, mode = draw(st.integers(2, most_dim)), draw(st.integers(1, most_width + 2)), draw(st.sampled_from(MODES))

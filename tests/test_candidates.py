@@ -115,9 +115,7 @@ def test_graph_is_the_dense_one_at_the_candidates(seed: int, n: int, k: int, rat
     cosine = torch.nn.functional.cosine_similarity(
         b["image_embedding"].unsqueeze(1), b["text_embedding"].unsqueeze(0), dim=2
     )
-    aligned = align_fragments(
-        b["image_fragments"], b["text_fragments"], b["image_mask"], b["text_mask"], topk=3
-    )
+    aligned = align_fragments(b["image_fragments"], b["text_fragments"], b["image_mask"], b["text_mask"], topk=3)
     for name, similarity, p in (("i2t", cosine, aligned.mean_i2t), ("t2i", cosine.t(), aligned.mean_t2i)):
         block = got.block(name)
         candidate = nearest(similarity, min(k, n))

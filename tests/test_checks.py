@@ -164,6 +164,8 @@ CONSTRUCTORS = [
     *flags(hrem_loss, "gather_distributed"),
     (hrem_loss, {"graph": 3}, TypeError, "graph", "torch.nn.Module", "int"),
     (hrem_loss, {"graph": AssociationGraph}, TypeError, "graph", "torch.nn.Module", "type"),
+    (hrem_loss, {"graph": torch.nn.Identity()}, TypeError, "graph", "method regularization", "Identity"),
+    (hrem_loss, {"interaction": RelationInteraction(32)}, ValueError, "interaction", "embed_dim 16", "32"),
     (hrem_loss, {"interaction": "fusion"}, TypeError, "interaction", "torch.nn.Module", "str"),
     (hrem_loss, {"pair_loss": "triplet"}, TypeError, "pair_loss", "callable (similarity, positives)", "str"),
     (hrem_loss, {"pair_loss": TripletLoss}, TypeError, "pair_loss", "callable", "the class TripletLoss"),

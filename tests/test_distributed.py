@@ -51,9 +51,7 @@ def test_in_processes_slow(case: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("group", [False, True], ids=["no group", "a group of one"])
-def test_alone_gathering_changes_nothing(
-    group: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_alone_gathering_changes_nothing(group: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     arguments = [torch.randn(3, 16), torch.randn(3, 16), torch.randn(3, 4, 8), torch.randn(3, 5, 8)]
     plain = HREMLoss(16).eval()
     gathered = HREMLoss(16, gather_distributed=True).eval()
