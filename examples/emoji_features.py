@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.util
 import io
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -100,16 +101,29 @@ def feature_shape(size: int) -> tuple[int, int]:
 
 
 def feature_maps(drawings: Sequence[Path], size: int) -> Iterator[np.ndarray]:
-    """Yields batches (b, R, 1280) float32: the last feature map of each drawing, R = (size / 32)² grid cells."""
+    """Yields batches (b, R, 1280) float32: the last feature map of each drawing, R = (size / 32)² grid cells.
+
+    Several batches at a time, each in one thread: on a busy machine many times faster than several threads
+    that wait for one another in every layer, and the numbers do not depend on how many there are.
+    """
     network = load_network()
     mean = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)
     std = torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
-    with torch.inference_mode():
-        for start in range(0, len(drawings), BATCH):
-            pictures = np.stack([draw(path, size) for path in drawings[start : start + BATCH]])
-            x: Tensor = (torch.from_numpy(pictures).permute(0, 3, 1, 2) / 255 - mean) / std
+
+    def run(batch: Sequence[Path]) -> np.ndarray:
+        pictures = np.stack([draw(path, size) for path in batch])
+        x: Tensor = (torch.from_numpy(pictures).permute(0, 3, 1, 2) / 255 - mean) / std
+        with torch.inference_mode():
             maps = network.extract_features(x.contiguous(memory_format=torch.channels_last))
-            yield maps.flatten(2).transpose(1, 2).contiguous().numpy()
+        return maps.flatten(2).transpose(1, 2).contiguous().numpy()
+
+    threads = torch.get_num_threads()
+    with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        try:
+            yield from pool.map(run, [drawings[i : i + BATCH] for i in range(0, len(drawings), BATCH)])
+        finally:
+            pool.shutdown(cancel_futures=True)
+            torch.set_num_threads(threads)
 
 
 def word_vectors(words: Iterable[str]) -> tuple[np.ndarray, np.ndarray]:

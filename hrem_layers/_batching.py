@@ -129,17 +129,15 @@ def arrange(layout: Layout, slots: int, group_size: int, draw: Draw) -> Ints:
         _times(extra_rank, kept[extra_images], len(free), draw(len(extra)), draw),
     ])  # fmt: skip
     ends = np.append(cuts, len(captions))
-    piece_size = ends[np.searchsorted(cuts, piece_start) + 1] - piece_start
-    all_start = np.concatenate([piece_start, len(captions) + np.arange(len(extra))])
-    all_size = np.concatenate([piece_size, np.ones(len(extra), np.int64)])
+    piece_end = np.append(ends[np.searchsorted(cuts, piece_start) + 1], len(captions) + np.arange(len(extra)) + 1)
+    piece_start = np.append(piece_start, len(captions) + np.arange(len(extra)))
     by_time = sort_by([], when)
-    everything = np.concatenate([captions, extra_captions])
-    loose = everything[ragged(all_start[by_time], all_size[by_time])].reshape(-1, group_size)
+    in_pieces = ragged(piece_start[by_time], (piece_end - piece_start)[by_time])
 
-    blocks = np.concatenate([captions[slot_start[:, None] + np.arange(group_size)], loose])
-    loose_row = np.repeat(np.arange(len(free)), free)
-    shuffled = _order_blocks(slot_row, new_cell, loose_row, full, len(free), draw)
-    return np.concatenate([blocks[shuffled].reshape(-1), single])
+    in_groups = slot_start[:, None] + np.arange(group_size)
+    blocks = np.append(captions, extra_captions)[np.concatenate([in_groups, in_pieces.reshape(-1, group_size)])]
+    order = _order_blocks(slot_row, new_cell, np.repeat(np.arange(len(free)), free), draw)
+    return np.append(blocks[order], single)
 
 
 def _pick_captions(captions: int, number: int, draw: Draw) -> Ints:
@@ -207,8 +205,9 @@ def _spread(groups: Ints, full: int, slots: int, short: int, draw: Draw) -> tupl
     deep, odd = divmod(total - in_last, full) if full else (0, 0)
     # Columns that not all rows reach come first: the cluster that runs on from one finds its free rows in the next.
     partly = max(in_last - deep, 0)
-    columns = [np.arange(odd)] if odd and not partly else []
-    columns += [np.append(np.arange(odd), full)] * partly
+    deeper = sort_by([], draw(full))[:odd]
+    columns = [deeper] if odd and not partly else []
+    columns += [np.append(deeper, full)] * partly
     columns += [np.arange(full + (column < in_last - partly)) for column in range(deep)]
 
     order = sort_by([], draw(len(groups)))
@@ -294,21 +293,17 @@ def _times(rank: Ints, pieces: Ints, rows: int, phase: Keys, draw: Draw) -> Keys
     return (np.minimum(at / pieces, 1 - 2**-53) * 2.0**64).astype(np.uint64)
 
 
-def _order_blocks(
-    slot_row: Ints, new_cell: npt.NDArray[np.bool_], loose_row: Ints, full: int, rows: int, draw: Draw
-) -> Ints:
-    """Order of the blocks: full rows shuffled, the blocks within a row too; where a row holds several groups of one
-    cluster they are far apart, so that they fall to different ranks."""
-    new_row = np.append(np.argsort(sort_by([], draw(full))), full)
-    row = new_row[np.concatenate([slot_row, loose_row])]
-    keys = draw(len(row))
+def _order_blocks(slot_row: Ints, new_cell: npt.NDArray[np.bool_], loose_row: Ints, draw: Draw) -> Ints:
+    """Row by row, in it at random; several groups of one cluster far apart, so that they fall to different ranks."""
+    row = np.concatenate([slot_row, loose_row])
+    rows, keys = int(row.max(initial=-1)) + 1, draw(len(row))
     if new_cell.all():
         return sort_by([(row, rows)], keys)
     cell = np.cumsum(new_cell) - 1
     count = np.bincount(cell)
     nth = np.arange(len(cell)) - np.flatnonzero(new_cell)[cell]
     most = int(count.max())
-    nth = np.concatenate([nth, np.zeros(len(loose_row), np.int64)])
-    fewer = most - np.concatenate([count[cell], np.ones(len(loose_row), np.int64)])
+    nth = np.append(nth, np.zeros(len(loose_row), np.int64))
+    fewer = most - np.append(count[cell], np.ones(len(loose_row), np.int64))
     keys[: len(cell)] = keys[np.flatnonzero(new_cell)][cell]  # equal in a cell: the same order at every turn
     return sort_by([(row, rows), (nth, most), (fewer, most)], keys)

@@ -64,13 +64,17 @@ class NeighborBatchSampler(Sampler[list[int]]):
       captions beyond the last full step are left out, fewer than B, others in every epoch.
     - No step (hence no batch) holds two captions of one image where sizes and numbers of captions allow that; an image
       with no more captions than the epoch has full steps is never doubled.
-    - A step takes groups of ``images_per_cluster`` images of one cluster. A cluster is taken again in a step only if
-      it has more groups in the epoch than there are full steps.
-    - What is left of a cluster when its captions do not divide into groups, and clusters with fewer images than
-      ``images_per_cluster``, stay together in pieces as large as possible; such pieces of several clusters fill the
-      places that no whole group fills. That concerns fewer than ``images_per_cluster`` captions of a larger cluster.
+    - A step takes groups of ``images_per_cluster`` images of one cluster, from different clusters: one that has no more
+      groups in the epoch than there are full steps comes once in a step at most, a larger one in every step, as often
+      in one as in another as can be. In a cluster an image comes again only after the others.
+    - What fits no group stays together in pieces as large as possible, and pieces of several clusters share the places
+      left free: clusters of fewer images than ``images_per_cluster`` are such pieces, a larger one leaves fewer
+      captions than a group. (It may leave more if its images differ in their numbers of captions, or if the epoch has
+      fewer than twice as many steps as an image has captions; and what the rule on images that come twice displaces
+      breaks up a group here and there.)
     - The batches of the ranks are consecutive parts of the step, so that ``num_replicas`` of ``clusters_per_batch``
-      make the same steps, in the same order, as one process with ``num_replicas * clusters_per_batch``.
+      make the same steps, in the same order, as one process with ``num_replicas * clusters_per_batch`` (unless, with
+      ``drop_last=False``, fewer captions are left over than there are ranks).
 
     **Equal on all ranks.** ``len`` is exact and the same on every rank, whatever the sizes. With ``drop_last=False``
     the last batch of an epoch is shorter, and the ranks' last batches differ by one caption at most. If fewer captions
@@ -88,7 +92,7 @@ class NeighborBatchSampler(Sampler[list[int]]):
 
     **Frameworks.** Lightning: ``Trainer(use_distributed_sampler=False)``; with True, its default, there is an error
     that says so. accelerate: ``prepare`` shares batches out by itself, so give ``num_replicas=1`` (None is refused
-    while an ``Accelerator`` exists, so that nothing is shared out twice); its ``even_batches=True``, the default,
+    in a group that has an ``Accelerator``, so that nothing is shared out twice); its ``even_batches=True``, the default,
     repeats captions of the epoch's beginning if ``drop_last=False``, so use ``drop_last=True`` or
     ``even_batches=False``; only with ``split_batches=True`` are images distinct over the ranks, too.
 
