@@ -1,4 +1,8 @@
-"""Runs every benchmark and writes docs/performance.md."""
+"""Runs the benchmarks and writes docs/performance.md.
+
+    python benchmarks/run_all.py                                       # all: an hour or more on two cores
+    python benchmarks/run_all.py alignment_ratio.py loss_ratio.py      # these; the page names what was left out
+"""
 
 from __future__ import annotations
 
@@ -35,8 +39,15 @@ at every pair of fragments can beat.
 
 
 def main() -> None:
+    chosen = tuple(sys.argv[1:]) or SCRIPTS
+    unknown = set(chosen) - set(SCRIPTS)
+    if unknown:
+        sys.exit(f"expected names among {', '.join(SCRIPTS)}, got {', '.join(sorted(unknown))}")
     parts = [HEAD]
-    for script in SCRIPTS:
+    missing = [script for script in SCRIPTS if script not in chosen]
+    if missing:
+        parts.append(f"Not run for this page, so not measured: {', '.join(f'`{script}`' for script in missing)}.\n")
+    for script in chosen:
         print(f"{script} ...", file=sys.stderr, flush=True)
         path = (HERE / script).relative_to(Path.cwd()) if HERE.is_relative_to(Path.cwd()) else HERE / script
         done = subprocess.run([sys.executable, str(path)], capture_output=True, text=True)

@@ -70,7 +70,7 @@ class Image(NamedTuple):
 
 
 def prepare_emoji_pairs(cache_dir: Path, *, progress: bool = True, recipe: Recipe | None = None) -> Path:
-    """Returns the data folder in ``cache_dir``; makes it (about a minute) if it is not there yet.
+    """Returns the data folder in ``cache_dir``; makes it (some 20 s on two idle cores) if it is not there yet.
 
     The folder's name depends on the recipe and the versions of the packages, so that a change of either makes
     a new one. It appears under that name when it is whole: a run that is killed leaves only a folder

@@ -154,12 +154,13 @@ def test_sampling_repeats_under_manual_seed_and_differs_without():
     assert loss(s, positives).item() != loss(s, positives).item()
 
 
-def test_noise_decides_the_draw():
-    s, positives = case(6, 8, 3)
+@pytest.mark.parametrize("shape", [(6, 8), (8, 8)])
+def test_noise_decides_the_draw(shape):
+    s, positives = case(*shape, 3)
     loss = TripletLoss(1.0, **OPTIONS)
     torch.manual_seed(9)
     noise = loss.draw_noise(s)
-    assert noise.shape == (2, 6, 8)
+    assert noise.shape == (2, *shape)
     assert noise.dtype == DOUBLE
     given = loss(s, positives, noise=noise)
     torch.manual_seed(9)
