@@ -1,7 +1,7 @@
 """Runs the benchmarks and writes docs/performance.md.
 
-    python benchmarks/run_all.py                                       # all: an hour or more on two cores
-    python benchmarks/run_all.py alignment_ratio.py loss_ratio.py      # these; the page names what was left out
+python benchmarks/run_all.py                                       # all: an hour or more on two cores
+python benchmarks/run_all.py alignment_ratio.py loss_ratio.py      # these; the page names what was left out
 """
 
 from __future__ import annotations

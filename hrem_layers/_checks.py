@@ -89,9 +89,7 @@ def check_bool_tensor(
     return tensor  # type: ignore[return-value]
 
 
-def _check_shape(
-    name: str, tensor: object, shape: tuple[int | str, ...], device: torch.device | None
-) -> None:
+def _check_shape(name: str, tensor: object, shape: tuple[int | str, ...], device: torch.device | None) -> None:
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} must be a tensor of shape {_tuple(shape)}, got {type(tensor).__name__}")
     if tensor.dim() != len(shape) or any(

@@ -66,9 +66,7 @@ class RelationInteraction(nn.Module):
             self.layers = nn.ModuleList(layer() for _ in range(num_layers))
         else:
             steps = ("i2t", "t2i", "i2i", "t2t")
-            self.layers = nn.ModuleList(
-                nn.ModuleDict({step: layer() for step in steps}) for _ in range(num_layers)
-            )
+            self.layers = nn.ModuleList(nn.ModuleDict({step: layer() for step in steps}) for _ in range(num_layers))
 
     def extra_repr(self) -> str:
         return (
@@ -77,9 +75,7 @@ class RelationInteraction(nn.Module):
             f"relation_weight={self.relation_weight}"
         )
 
-    def forward(
-        self, image_embedding: Tensor, text_embedding: Tensor, graph: RelationGraph
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, image_embedding: Tensor, text_embedding: Tensor, graph: RelationGraph) -> tuple[Tensor, Tensor]:
         """
         Args:
             image_embedding, text_embedding: (N, D). Normalised here.

@@ -82,9 +82,7 @@ class TransformerLayer(nn.Module):
         dropout: dropout probability (attention weights, both residual branches, feed-forward), in [0, 1).
     """
 
-    def __init__(
-        self, embed_dim: int, *, num_heads: int, ffn_dim: int | None = None, dropout: float = 0.0
-    ) -> None:
+    def __init__(self, embed_dim: int, *, num_heads: int, ffn_dim: int | None = None, dropout: float = 0.0) -> None:
         super().__init__()
         self.self_attn = BiasedAttention(embed_dim, num_heads=num_heads, dropout=dropout)
         ffn_dim = embed_dim if ffn_dim is None else check_int("ffn_dim", ffn_dim, minimum=1)

@@ -167,6 +167,25 @@ def test_similarities_are_cosines_of_normalised_embeddings():
     assert_near(module(**scaled), module(**b), 1e-9)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_cosines_are_multiplied_in_float32_under_autocast_and_in_half_modules(dtype):
+    seen = []
+
+    def pair_loss(similarity, positives):
+        seen.append(similarity)
+        return similarity.square().sum()
+
+    b = inputs(dtype=torch.float32, grad=False)
+    unit = {side: normalize(b[f"{side}_embedding"], dim=1) for side in ("image", "text")}
+    with torch.autocast("cpu", dtype=dtype):
+        hrem(pair_loss, dtype=torch.float32)(**b)
+    assert all(s.dtype == torch.float32 for s in seen)
+    assert_near(seen[0], unit["image"] @ unit["text"].t(), 1e-6)
+    seen.clear()
+    hrem(pair_loss, dtype=dtype)(**{name: x.to(dtype) if x.dtype.is_floating_point else x for name, x in b.items()})
+    assert all(s.dtype == torch.float32 for s in seen)
+
+
 # warm-up
 
 

@@ -118,9 +118,11 @@ def test_stateful_data_loader_goes_on_in_mid_epoch(workers: int, drop_last: bool
     for done in range(0, len(states), 1 if workers == 0 else 4):
         batches, data = make()
         data.load_state_dict(states[done])
-        if done % 2:
-            batches.set_epoch(1)  # a training loop may say again which epoch it is, or leave it to the state
+        # a training loop may say again which epoch it is, or leave it to the state, which knows better in mid-epoch
+        if done % 3:
+            batches.set_epoch(1 if done % 3 == 1 or done == len(got) else 3)
         assert [batch.tolist() for batch in data] == whole[1][done:]
+        assert batches.epoch == 1
         batches.set_epoch(2)
         assert [batch.tolist() for batch in data] == whole[2]
 
