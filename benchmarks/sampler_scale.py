@@ -3,7 +3,7 @@
     python benchmarks/sampler_scale.py order        # an epoch's order for 10 million captions
     python benchmarks/sampler_scale.py clusters     # k-means of 1,000,000 x 256 features into 1,000 clusters
 
-Every row is measured in a process of its own. Memory is the peak of the resident set, imports and all. For
+Every row is measured in a process of its own. Memory (on Linux) is the peak of the resident set, imports and all. For
 ``clusters`` that counts pages of the memory-mapped file, too, as long as nobody else needs their place; "anonymous" is
 the peak without them. ``clusters`` writes 1 GB to a temporary folder and deletes it. CPU seconds are what counts where
 other work runs on the machine.
@@ -15,7 +15,6 @@ import argparse
 import multiprocessing
 import os
 import platform
-import resource
 import shlex
 import sys
 import tempfile
@@ -85,26 +84,23 @@ def write_features(images: int, dimensions: int, number: int, folder: str) -> No
     file.flush()
 
 
-def peak_kib() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // (1024 if sys.platform == "darwin" else 1)
-
-
 def measured(measure: Callable[..., dict[str, object]], arguments: tuple, pipe: Connection) -> None:
-    imports, stop, anonymous = peak_kib(), threading.Event(), [0]
+    stop, anonymous = threading.Event(), [0]
+
+    def status(name: str) -> int:
+        return int(Path("/proc/self/status").read_text().split(f"{name}:")[1].split()[0])
 
     def watch() -> None:
         while not stop.wait(0.05):
-            status = Path("/proc/self/status").read_text()
-            anonymous[0] = max(anonymous[0], int(status.split("RssAnon:")[1].split()[0]))
+            anonymous[0] = max(anonymous[0], status("RssAnon"))
 
     watcher = threading.Thread(target=watch, daemon=True)
     if sys.platform == "linux":
         watcher.start()
     row = measure(*arguments)
     stop.set()
-    row["peak GB"], row["imports GB"] = peak_kib() * 1024 / 1e9, imports * 1024 / 1e9
     if sys.platform == "linux":
-        row["anonymous GB"] = anonymous[0] * 1024 / 1e9
+        row["peak GB"], row["anonymous GB"] = status("VmHWM") * 1024 / 1e9, anonymous[0] * 1024 / 1e9
     pipe.send(row)
 
 

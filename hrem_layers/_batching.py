@@ -120,7 +120,7 @@ def arrange(layout: Layout, slots: int, group_size: int, draw: Draw) -> Ints:
 
     piece_cluster, piece_rank, piece_start = _loose_pieces(size, start, groups, rounds, group_size)
     new_cell = run_starts(slot_cluster, slot_row)
-    cuts = np.sort(np.concatenate([slot_start[new_cell], piece_start]))
+    cuts = np.sort(np.concatenate([slot_start[new_cell], piece_start]), kind="stable")
     _part_rounds(captions, images, cuts, size, start, np.where(groups > 0, rounds, 0))
 
     pieces = np.bincount(piece_cluster, minlength=layout.clusters)
@@ -220,7 +220,7 @@ def _spread(groups: Ints, full: int, slots: int, short: int, draw: Draw) -> tupl
     at, carried = 0, -1
     for column_rows in columns:
         stop = at + len(column_rows)
-        shuffled = column_rows[np.argsort(keys[at:stop], kind="stable")]
+        shuffled = column_rows[sort_by([], keys[at:stop])]
         if carried >= 0:
             head = min(int(ends[carried]), stop) - at
             first = shuffled[np.argsort(used[shuffled], kind="stable")[:head]]

@@ -91,10 +91,10 @@ class NeighborBatchSampler(Sampler[list[int]]):
     ahead; then tell the number of batches trained on: ``state_dict(batches_done=...)``.
 
     **Frameworks.** Lightning: ``Trainer(use_distributed_sampler=False)``; with True, its default, there is an error
-    that says so. accelerate: ``prepare`` shares batches out by itself, so give ``num_replicas=1`` (None is refused
-    in a group that has an ``Accelerator``, so that nothing is shared out twice); its ``even_batches=True``, the default,
-    repeats captions of the epoch's beginning if ``drop_last=False``, so use ``drop_last=True`` or
-    ``even_batches=False``; only with ``split_batches=True`` are images distinct over the ranks, too.
+    that says so. accelerate: ``prepare`` shares batches out by itself, so give ``num_replicas=1`` (None is refused in a
+    group with an ``Accelerator``, so that nothing is shared out twice); its ``even_batches=True``, the default, repeats
+    captions of the epoch's beginning if ``drop_last=False``, so use ``drop_last=True`` or ``even_batches=False``; only
+    with ``split_batches=True`` are images distinct over the ranks, too.
 
     Args:
         image_features: (images, dimensions), floating point: numpy array, ``np.memmap`` or CPU tensor. Not kept, and

@@ -11,6 +11,9 @@ settings.register_profile("repeatable", deadline=None, derandomize=True, databas
 settings.register_profile("search", deadline=None)
 settings.load_profile("repeatable")
 
+# the tensors of the tests are small: more threads would only wait for each other
+torch.set_num_threads(1)
+
 
 @pytest.fixture(autouse=True)
 def _seed() -> None:

