@@ -47,7 +47,7 @@ def _exchange_along_paths(steps: _Steps, images: Ints) -> bool:
     pending = steps.doubling(images, all_of_them=True)
     while len(pending):
         caption, pending = int(pending[0]), pending[1:]
-        if not steps.doubles(caption):
+        if not steps.doubles(caption):  # not any more
             continue
         path, dead_end = steps.path_for(caption, images)
         if path:

@@ -31,14 +31,14 @@ def check_source(image_features: object, cluster_ids: object) -> int:
 
 def check_labels(cluster_ids: object) -> Ints:
     """A copy of the labels: (images,) integers of at least 0."""
-    return _whole_numbers("cluster_ids", cluster_ids).copy()
+    return _whole_numbers("cluster_ids", cluster_ids)
 
 
 def check_counts(captions_per_image: object, images: int) -> Ints:
     """Captions of each image: (images,)."""
     if isinstance(captions_per_image, int):
         return np.full(images, check_int("captions_per_image", captions_per_image, minimum=1), np.int64)
-    counts = _whole_numbers("captions_per_image", captions_per_image).copy()
+    counts = _whole_numbers("captions_per_image", captions_per_image)
     if len(counts) != images:
         raise ValueError(f"captions_per_image must be one number or one for each of {images} images, got {len(counts)}")
     if not counts.any():
@@ -64,7 +64,7 @@ def _whole_numbers(name: str, values: object) -> Ints:
         raise TypeError(f"{wanted}, got {array.dtype}")
     if array.min() < 0 or array.max() > np.iinfo(np.int64).max:
         raise ValueError(f"{wanted} and below 2^63, got {array.min()} .. {array.max()}")
-    return array.astype(np.int64)
+    return array.astype(np.int64)  # a copy, always
 
 
 def check_ranks(num_replicas: object, rank: object) -> Ranks | None:
