@@ -64,23 +64,47 @@ def activate_(x: Tensor, mode: str) -> Tensor:
     return F.leaky_relu_(x, LEAKY_SLOPE) if mode == "scan" else x
 
 
-def score_block(s: Tensor, text_mask: Tensor | None, image_mask: Tensor | None, out: PairScores, *, mode: str) -> None:
+class Maxima(NamedTuple):
+    """What is left of the similarities: a value per word and one per region of every pair."""
+
+    per_word: Tensor  # [t, w, i], f
+    per_region: Tensor  # [t, i, r], g
+
+    @classmethod
+    def empty(cls, like: Tensor, t: int, w: int, i: int, r: int) -> Maxima:
+        return cls(like.new_empty(t, w, i), like.new_empty(t, i, r))
+
+    def window(self, texts: slice, words: int, images: slice, regions: int) -> Maxima:
+        return Maxima(self.per_word[texts, :words, images], self.per_region[texts, images, :regions])
+
+
+def block_maxima(s: Tensor, text_mask: Tensor | None, image_mask: Tensor | None, out: Maxima, *, mode: str) -> None:
     """``s`` (t, w, i, r) with zeros at padded words and regions, masks (t, w) and (i, r); writes ``out``.
+
+    What ``out`` gets at padded words and regions is undefined.
+    """
+    inverse_words, inverse_regions = _inverse_norms(s, mode)
+    torch.amax(_fill(_scaled(s, inverse_words), image_mask, dim=3), dim=3, out=out.per_word)
+    torch.amax(_fill(_scaled(s, inverse_regions), text_mask, dim=1), dim=1, out=out.per_region)
+
+
+def pool(best: Maxima, real_words: Tensor | None, real_regions: Tensor | None, out: PairScores) -> None:
+    """Means and largest values over the real words (t, w) and regions (i, r), None = all; writes ``out``.
 
     ``out`` must hold zeros; places of q for which there is no value are left alone.
     """
-    inverse_words, inverse_regions = _inverse_norms(s, mode)
-    a, b = _scaled(s, inverse_words), _scaled(s, inverse_regions)
-    per_word = _drop_empty(_fill(a, image_mask, dim=3).amax(dim=3), image_mask)  # [t, w, i]
-    per_region = _drop_empty(_fill(b, text_mask, dim=1).amax(dim=1), text_mask)  # [t, i, r]
-    _pool(per_word.transpose(1, 2), _expand_words(text_mask), out.mean_t2i, out.top_t2i)
-    _pool(per_region, image_mask, out.mean_i2t, out.top_i2t)
+    nothing = None if real_regions is None else ~real_regions.any(dim=1)  # [i]: no region to take the maximum of
+    per_word = best.per_word if nothing is None else best.per_word.masked_fill(nothing, 0)
+    _pool(per_word.transpose(1, 2), _expand_words(real_words), out.mean_t2i, out.top_t2i)
+    nothing = None if real_words is None else ~real_words.any(dim=1)[:, None, None]
+    per_region = best.per_region if nothing is None else best.per_region.masked_fill(nothing, 0)
+    _pool(per_region, real_regions, out.mean_i2t, out.top_i2t)
 
 
-def score_block_backward(
+def block_backward(
     s: Tensor, text_mask: Tensor | None, image_mask: Tensor | None, grad: PairScores, *, mode: str
 ) -> Tensor:
-    """The gradient of :func:`score_block` with respect to ``x`` (t, w, i, r), given s and that of ``out``.
+    """The gradient of a block's scores with respect to its ``x`` (t, w, i, r), given s and that of the scores.
 
     Regions (words) that share the maximum share its gradient evenly.
     """

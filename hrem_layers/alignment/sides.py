@@ -41,6 +41,7 @@ class Side(NamedTuple):
     inverse_norm: Tensor | None  # [total rows, 1], 0 for a zero row
     runs: list[Run]
     mask: Tensor | None  # [n, width], only in the padded layout
+    real: Tensor | None  # [n, width]: where the items, in this order, have a fragment; None = everywhere
     order: Tensor | None  # [n]: which item stands at each place; None = as they came
     source: Tensor | None  # [total rows]: where each row came from in (n * width); None = as they came
 
@@ -49,11 +50,12 @@ def make_side(fragments: Tensor, mask: Tensor | None, *, packed: bool, normalize
     """fragments (n, width, d) and their mask (n, width) -> Side with rows in ``dtype``."""
     n, width, d = fragments.shape
     order = source = None
+    real = mask
     runs = [Run(0, n, 0, width)] if n else []
     if mask is None:
         rows = fragments.reshape(n * width, d)
     elif packed:
-        runs, order, source = _find_runs(mask)
+        runs, order, source, real = _find_runs(mask)
         rows = fragments.reshape(n * width, d).index_select(0, source)
         mask = None
     else:
@@ -62,7 +64,7 @@ def make_side(fragments: Tensor, mask: Tensor | None, *, packed: bool, normalize
     if normalize:
         rows, inverse = _normalize(rows, owned=mask is not None or source is not None)
         rows = rows.to(fragments.dtype)
-    return Side(rows.to(dtype), inverse, runs, mask, order, source)
+    return Side(rows.to(dtype), inverse, runs, mask, real, order, source)
 
 
 def fragments_grad(grad_rows: Tensor, side: Side, fragments: Tensor) -> Tensor:
@@ -79,7 +81,8 @@ def fragments_grad(grad_rows: Tensor, side: Side, fragments: Tensor) -> Tensor:
     return grad if side.mask is None else grad.masked_fill_(~side.mask.unsqueeze(-1), 0)
 
 
-def _find_runs(mask: Tensor) -> tuple[list[Run], Tensor, Tensor]:
+def _find_runs(mask: Tensor) -> tuple[list[Run], Tensor, Tensor, Tensor]:
+    """The runs, and the side's order, source and real places."""
     n, width = mask.shape
     lengths, order = mask.sum(dim=1).sort(stable=True)
     positions = torch.arange(n * width, device=mask.device).view(n, width)[order]
@@ -90,7 +93,8 @@ def _find_runs(mask: Tensor) -> tuple[list[Run], Tensor, Tensor]:
         if length:
             runs.append(Run(item, item + count, row, length))
         item, row = item + count, row + count * length
-    return runs, order, source
+    real = torch.arange(width, device=mask.device) < lengths.unsqueeze(1)
+    return runs, order, source, real
 
 
 def _normalize(rows: Tensor, *, owned: bool) -> tuple[Tensor, Tensor]:

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from hrem_layers.alignment.formula import PairScores, Scores, activate_, score_block, score_block_backward
+from hrem_layers.alignment.formula import Maxima, PairScores, Scores, activate_, block_backward, block_maxima, pool
 from hrem_layers.alignment.sides import Run, Side, fragments_grad, make_side
 from hrem_layers.masked import compute_dtype
 
@@ -39,11 +39,27 @@ class Tile(NamedTuple):
     image_runs: list[Run]
     text_runs: list[Run]
 
+    def images(self) -> slice:
+        return slice(self.image_runs[0].start, self.image_runs[-1].stop)
+
+    def texts(self) -> slice:
+        return slice(self.text_runs[0].start, self.text_runs[-1].stop)
+
     def regions(self) -> slice:
         return slice(self.image_runs[0].row, self.image_runs[-1].rows().stop)
 
     def words(self) -> slice:
         return slice(self.text_runs[0].row, self.text_runs[-1].rows().stop)
+
+    def maxima(self, like: Tensor) -> Maxima:
+        """Room for the tile's maxima; what no block writes to is undefined."""
+        images, texts = self.images(), self.texts()
+        w, r = (max(run.width for run in runs) for runs in (self.text_runs, self.image_runs))
+        return Maxima.empty(like, texts.stop - texts.start, w, images.stop - images.start, r)
+
+    def window(self, best: Maxima, text_run: Run, image_run: Run) -> Maxima:
+        texts, images = _shifted(text_run.items(), self.texts().start), _shifted(image_run.items(), self.images().start)
+        return best.window(texts, text_run.width, images, image_run.width)
 
     def blocks(self, x: Tensor) -> Iterator[tuple[Run, Run, Tensor]]:
         """Text run, image run and their part of ``x`` (words, regions), viewed as (t, w, i, r)."""
@@ -76,10 +92,13 @@ def score_all(
     for tile in _tiles(images, texts, image_fragments, text_fragments, setting):
         x, _ = store.take(tile)
         _product(images, texts, tile, x)
+        activate_(x, setting.mode)
+        best = tile.maxima(x)
         for text_run, image_run, block in tile.blocks(x):
             masks = _mask_of(texts, text_run), _mask_of(images, image_run)
-            window = out.window(text_run.items(), image_run.items())
-            score_block(activate_(block, setting.mode), *masks, window, mode=setting.mode)
+            block_maxima(block, *masks, tile.window(best, text_run, image_run), mode=setting.mode)
+        real = _real_of(texts, tile.text_runs), _real_of(images, tile.image_runs)
+        pool(best, *real, out.window(tile.texts(), tile.images()))
     kept[store.used :].zero_()  # an operator's output is defined in every element
     return _restore_order(out, images.order, texts.order).scores()
 
@@ -108,7 +127,7 @@ def score_all_backward(
         for (text_run, image_run, block), (_, _, place) in zip(tile.blocks(s), tile.blocks(grad_x), strict=True):
             masks = _mask_of(texts, text_run), _mask_of(images, image_run)
             window = pair_grad.window(text_run.items(), image_run.items())
-            place.copy_(score_block_backward(block, *masks, window, mode=setting.mode))
+            place.copy_(block_backward(block, *masks, window, mode=setting.mode))
         regions, words = tile.regions(), tile.words()
         _add_product(grad_images[regions], grad_x.t(), texts.rows[words], first=words.start == 0)
         _add_product(grad_texts[words], grad_x, images.rows[regions], first=regions.start == 0)
@@ -211,6 +230,14 @@ def _shifted(rows: slice, start: int) -> slice:
 
 def _mask_of(side: Side, run: Run) -> Tensor | None:
     return None if side.mask is None else side.mask[run.items()]
+
+
+def _real_of(side: Side, runs: list[Run]) -> Tensor | None:
+    """Which places of a tile's maxima belong to real fragments; None = all."""
+    width = max(run.width for run in runs)
+    if side.real is None or (side.mask is None and all(run.width == width for run in runs)):
+        return None
+    return side.real[runs[0].start : runs[-1].stop, :width]
 
 
 def _apply_order(scores: PairScores, image_order: Tensor | None, text_order: Tensor | None) -> PairScores:
