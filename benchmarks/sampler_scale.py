@@ -3,30 +3,22 @@
     python benchmarks/sampler_scale.py order        # an epoch's order for 10 million captions
     python benchmarks/sampler_scale.py clusters     # k-means of 1,000,000 x 256 features into 1,000 clusters
 
-Every row is measured in a process of its own. Memory (on Linux) is the peak of the resident set, imports and all. For
-``clusters`` that counts pages of the memory-mapped file, too, as long as nobody else needs their place; "anonymous" is
-the peak without them. ``clusters`` writes 1 GB to a temporary folder and deletes it. CPU seconds are what counts where
-other work runs on the machine.
+``--scale 0.01`` takes a hundredth of the images and clusters, to try it out. ``clusters`` writes 1 GB to a temporary
+folder and deletes it. Threads are those of ``OMP_NUM_THREADS``. Linux only, for the memory.
 """
 
 from __future__ import annotations
 
 import argparse
-import multiprocessing
+import json
 import os
-import platform
-import shlex
 import sys
 import tempfile
-import threading
 import time
-from collections.abc import Callable
-from multiprocessing.connection import Connection
-from pathlib import Path
 
 import numpy as np
 import sklearn
-import torch
+from _common import _status, in_own_process, section, table
 
 from hrem_layers import NeighborBatchSampler
 from hrem_layers.clustering import cluster_features
@@ -38,11 +30,13 @@ ORDERS = [  # images, clusters, captions an image, clusters and images a batch, 
     (10_000_000, 80_000, 1, 8, 16, 1),
     (2_000_000, 16_000, 5, 128, 1, 1),
 ]
+DIMENSIONS = 256
+FEATURES = {"around the centres": 1.0, "noise": 0.0}  # the centres' standard deviation; the noise's is 1.5
 
 
-def order(images: int, clusters: int, captions: int, per_batch: int, per_cluster: int, ranks: int) -> dict[str, object]:
+def order(images: int, clusters: int, captions: int, per_batch: int, per_cluster: int, ranks: int) -> list[str]:
     labels = np.random.default_rng(0).integers(0, clusters, images)
-    start = time.perf_counter()
+    objects, start = sys.getallocatedblocks(), time.perf_counter()
     sampler = NeighborBatchSampler(
         cluster_ids=labels, captions_per_image=captions, clusters_per_batch=per_batch,
         images_per_cluster=per_cluster, num_replicas=ranks, rank=0,
@@ -51,98 +45,102 @@ def order(images: int, clusters: int, captions: int, per_batch: int, per_cluster
     batches = iter(sampler)
     next(batches)
     arranged, cpu = time.perf_counter(), time.process_time() - cpu
+    objects = sys.getallocatedblocks() - objects
     rest = sum(1 for _ in batches)
     done = time.perf_counter()
-    return {
-        "images": images, "clusters": clusters, "captions": images * captions,
-        "P x K x ranks": f"{per_batch} x {per_cluster} x {ranks}",
-        "constructor s": made - start, "order s": arranged - made, "order CPU s": cpu,
-        "us a batch": 1e6 * (done - arranged) / max(rest, 1),
-    }  # fmt: skip
+    return [
+        f"{images:,}", f"{clusters:,}", f"{images * captions:,}", f"{per_batch} x {per_cluster} x {ranks}",
+        f"{made - start:.2f}", f"{arranged - made:.2f}", f"{cpu:.2f}", f"{objects:,}",
+        f"{1e6 * (done - arranged) / max(rest, 1):.0f}", peak(),
+    ]  # fmt: skip
 
 
-def clusters(images: int, dimensions: int, number: int, folder: str) -> dict[str, object]:
-    features = np.load(f"{folder}/features.npy", mmap_mode="r")
+ORDER_HEAD = [
+    "images", "clusters", "captions", "P x K x ranks", "constructor s", "order s", "order CPU s", "Python objects",
+    "µs a batch", "peak GB",
+]  # fmt: skip
+
+
+def cluster(kind: str, file: str, number: int) -> list[str]:
+    features = np.load(file, mmap_mode="r")
     start, cpu = time.perf_counter(), time.process_time()
     labels = cluster_features(features, number)
     seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
-    return {
-        "images": images, "dimensions": dimensions, "clusters": number, "s": seconds, "CPU s": cpu,
-        "smallest": int(np.bincount(labels, minlength=number).min()),
-        "largest": int(np.bincount(labels).max()),
-    }  # fmt: skip
+    sizes = np.bincount(labels, minlength=number)
+    return [
+        kind, f"{len(features):,}", f"{features.shape[1]}", f"{number:,}", f"{seconds:.0f}", f"{cpu:.0f}",
+        f"{sizes.min()} to {sizes.max()}", peak(),
+    ]  # fmt: skip
 
 
-def write_features(images: int, dimensions: int, number: int, folder: str) -> None:
-    """Around ``number`` centres, not well separated."""
+CLUSTERS_HEAD = ["features", "images", "dimensions", "clusters", "s", "CPU s", "images a cluster", "peak GB"]
+
+
+def peak() -> str:
+    return f"{_status('VmHWM') * 1024 / 1e9:.2f}"
+
+
+def write_features(file: str, images: int, number: int, apart: float) -> None:
+    """Normal noise around ``number`` centres."""
     random = np.random.default_rng(0)
-    centres = random.standard_normal((number, dimensions), np.float32)
-    file = np.lib.format.open_memmap(f"{folder}/features.npy", "w+", np.float32, (images, dimensions))
+    centres = apart * random.standard_normal((number, DIMENSIONS), np.float32)
+    rows = np.lib.format.open_memmap(file, "w+", np.float32, (images, DIMENSIONS))
     for low in range(0, images, 50_000):
         which = random.integers(0, number, min(50_000, images - low))
-        file[low : low + 50_000] = centres[which] + 1.5 * random.standard_normal((len(which), dimensions), np.float32)
-    file.flush()
+        rows[low : low + 50_000] = centres[which] + 1.5 * random.standard_normal((len(which), DIMENSIONS), np.float32)
+    rows.flush()
 
 
-def measured(measure: Callable[..., dict[str, object]], arguments: tuple, pipe: Connection) -> None:
-    stop, anonymous = threading.Event(), [0]
-
-    def status(name: str) -> int:
-        return int(Path("/proc/self/status").read_text().split(f"{name}:")[1].split()[0])
-
-    def watch() -> None:
-        while not stop.wait(0.05):
-            anonymous[0] = max(anonymous[0], status("RssAnon"))
-
-    watcher = threading.Thread(target=watch, daemon=True)
-    if sys.platform == "linux":
-        watcher.start()
-    row = measure(*arguments)
-    stop.set()
-    if sys.platform == "linux":
-        row["peak GB"], row["anonymous GB"] = status("VmHWM") * 1024 / 1e9, anonymous[0] * 1024 / 1e9
-    pipe.send(row)
-
-
-def in_a_process(measure: Callable[..., dict[str, object]], *arguments: object) -> dict[str, object]:
-    context = multiprocessing.get_context("spawn")
-    here, there = context.Pipe(duplex=False)
-    process = context.Process(target=measured, args=(measure, arguments, there))
-    process.start()
-    there.close()
-    row = here.recv()
-    process.join()
-    return row
-
-
-def table(rows: list[dict[str, object]]) -> str:
-    cells = [list(rows[0])] + [[f"{x:.2f}" if isinstance(x, float) else f"{x}" for x in row.values()] for row in rows]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    lines = ["| " + " | ".join(x.rjust(width) for x, width in zip(line, widths, strict=True)) + " |" for line in cells]
-    return "\n".join([lines[0], "|" + "|".join("-" * (width + 1) + ":" for width in widths) + "|", *lines[1:]])
+def row(what: str, *arguments: object) -> list[str]:
+    return json.loads(in_own_process(__file__, "--one", json.dumps([what, *arguments]), timeout=3600))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["order", "clusters"])
-    parser.add_argument("--images", type=int, default=1_000_000, help="for clusters")
-    parser.add_argument("--dimensions", type=int, default=256, help="for clusters")
-    parser.add_argument("--number", type=int, default=1_000, help="for clusters: how many")
+    parser.add_argument("what", choices=["order", "clusters"], nargs="?")
+    parser.add_argument("--scale", type=float, default=1.0, help="images and clusters times this")
+    parser.add_argument("--one", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    if arguments.one:
+        what, *given = json.loads(arguments.one)
+        print(json.dumps({"order": order, "clusters": cluster}[what](*given)))
+        return
+
+    def scaled(number: int) -> int:
+        return max(1, round(number * arguments.scale))
+
     if arguments.what == "order":
-        rows = [in_a_process(order, *case) for case in ORDERS]
-    else:
+        rows = [row("order", scaled(images), scaled(clusters), *others) for images, clusters, *others in ORDERS]
+        section(
+            "The order of an epoch",
+            "*Order* is the time from `iter(sampler)` to the first batch; *Python objects* are the blocks that Python "
+            "holds more then than before the constructor; *µs a batch* is that of the rest of the epoch; *peak* is the "
+            "resident memory of the whole process, imports included.",
+            table(ORDER_HEAD, rows),
+            versions(),
+        )
+    elif arguments.what == "clusters":
         with tempfile.TemporaryDirectory() as folder:
-            size = (arguments.images, arguments.dimensions, arguments.number, folder)
-            write_features(*size)
-            rows = [in_a_process(clusters, *size)]
-    print(f"$ python {shlex.join(sys.argv)}")
-    print(
-        f"{platform.machine()}, {os.cpu_count()} CPUs, load {os.getloadavg()[0]:.1f}; "
-        f"Python {platform.python_version()}, numpy {np.__version__}, scikit-learn {sklearn.__version__}, "
-        f"torch {torch.__version__}"
-    )
-    print(table(rows))
+            images, number = scaled(1_000_000), scaled(1_000)
+            file = os.path.join(folder, "features.npy")
+            rows = []
+            for kind, apart in FEATURES.items():
+                write_features(file, images, number, apart)
+                rows.append(row("clusters", kind, file, number))
+        section(
+            "Clustering",
+            "`cluster_features` on a memory-mapped file of float32, normal noise around as many centres as clusters or "
+            "around none; *peak* is the resident memory of the whole process, imports and those pages of the file "
+            "included that were not given back.",
+            table(CLUSTERS_HEAD, rows),
+            versions(),
+        )
+    else:
+        parser.error("say what: order or clusters")
+
+
+def versions() -> str:
+    return f"numpy {np.__version__}, scikit-learn {sklearn.__version__}, {time.strftime('%Y-%m-%d')}."
 
 
 if __name__ == "__main__":

@@ -158,12 +158,13 @@ def _align_backward_op(
         for rows, places in _chunks(x, y, index, chunk_size):
             here = index[rows, places]  # [b, k]
             similarity, chosen = _similarity(x[rows], y, here)
-            slope = torch.where(similarity > 0, 1.0, LEAKY_SLOPE).to(dtype) if mode == "scan" else None
             g, b, (best, inverse) = _best(similarity, _pick(y_mask, here), mode)
             grad_g = _pool_backward(g, _rows(x_mask, rows), grad_mean[rows, places], grad_top[rows, places], topk)
             grad = torch.zeros_like(b).scatter_(3, best, grad_g.transpose(1, 2).unsqueeze(3))
-            if slope is not None:  # d(s / ‖s‖) = (grad - b <grad, b>) / ‖s‖ along the normed dimension
-                grad = grad.sub_((grad * b).sum(dim=1, keepdim=True) * b).mul_(inverse).mul_(slope)
+            if inverse is not None:  # d(s / ‖s‖) = (grad - b <grad, b>) / ‖s‖ along the normed dimension
+                grad = grad.sub_((grad * b).sum(dim=1, keepdim=True) * b).mul_(inverse)
+                # ``False``: similarity is what went in. torch.where(..., LEAKY_SLOPE) would round it to float32
+                grad = torch.ops.aten.leaky_relu_backward(grad, similarity, LEAKY_SLOPE, False)
             grad = grad.flatten(2).to(x.dtype)  # [b, m, k * n]
             grad_x[rows] += grad @ chosen
             grad_chosen = (grad.transpose(1, 2) @ x[rows]).to(dtype)  # [b, k * n, d]

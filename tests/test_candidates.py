@@ -93,6 +93,20 @@ def test_gradient_against_finite_differences(mode: str) -> None:
     )
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_float64_gradient_is_the_dense_one_to_float64(mode: str) -> None:
+    """No constant of the formula is rounded to float32 on the way."""
+    b = batch(2, 5, 6, 4, 8)
+    everyone = torch.arange(5).expand(5, 5).contiguous()
+    inputs = (b["image_fragments"], b["text_fragments"])
+    dense = align_fragments(*inputs, b["image_mask"], b["text_mask"], topk=3, mode=mode)
+    got = candidate_pairs(b, everyone, everyone, topk=3, mode=mode)
+    weights = [torch.randn(x.shape, generator=torch.Generator().manual_seed(9), dtype=x.dtype) for x in dense]
+    expected = torch.autograd.grad(dense, inputs, weights)
+    for x, y in zip(torch.autograd.grad(got, inputs, weights), expected, strict=True):
+        torch.testing.assert_close(x, y, rtol=0, atol=1e-12)
+
+
 @settings(max_examples=40, deadline=None)
 @given(
     seed=st.integers(0, 10**6),
