@@ -1,4 +1,4 @@
-"""One process, or several started by torchrun: the few things in which they differ."""
+"""One process, or several started by torchrun: how they come together and end, and the few things in which they differ."""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.nn.functional
 from torch import Tensor
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 from watch import DONE, Watch
@@ -196,13 +195,43 @@ def gather_objects(mine: object) -> list:
 
 def gather_rows(x: Tensor) -> Tensor:
     """The rows of all processes in rank order, with gradient; every process has equally many."""
-    if count() == 1:
-        return x
-    if not x.dtype.is_floating_point:
+    return _GatherRows.apply(x) if count() > 1 else x
+
+
+def add_up(x: Tensor) -> Tensor:
+    """The sum of the tensors of all processes, with gradient."""
+    return _AddUp.apply(x) if count() > 1 else x
+
+
+# In both, what one process puts in is used by all, so its gradient is the sum of what all pass back.
+
+
+class _GatherRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
         parts = [torch.empty_like(x) for _ in range(count())]
-        dist.all_gather(parts, x)
+        dist.all_gather(parts, x.contiguous())
         return torch.cat(parts)
-    return torch.cat(torch.distributed.nn.functional.all_gather(x))
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return _add_up(grad).chunk(count())[rank()]
+
+
+class _AddUp(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return _add_up(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return _add_up(grad)
+
+
+def _add_up(x: Tensor) -> Tensor:
+    total = x.clone(memory_format=torch.contiguous_format)
+    dist.all_reduce(total)
+    return total
 
 
 def progress(items: Any, what: str, **options: Any) -> Any:

@@ -154,9 +154,11 @@ def step_losses(folder: Path) -> list[float]:
     return [event.value for event in events.Scalars("loss/total")]
 
 
-def test_two_processes_equal_one(data: Path, tmp_path: Path) -> None:
-    """30 steps, the last 18 with all terms, up to float32's order of summation."""
+@pytest.mark.parametrize("mechanism", ["fusion", "none"])
+def test_two_processes_equal_one(data: Path, tmp_path: Path, mechanism: str) -> None:
+    """30 steps, of fusion the last 18 with all terms, up to float32's order of summation."""
     options = ("--epochs", "2", "--dropout", "0", "--negatives", "hardest", "--log-every", "1")
+    options = (*options, "--mechanism", mechanism)
     alone = start(*command(data, tmp_path / "one", *options))
     both = start(*command(data, tmp_path / "two", *options), launcher=TORCHRUN)
     finish(alone), finish(both)
