@@ -1,4 +1,4 @@
-"""One process, or several started by torchrun: how they come together and end, and the few things in which they differ."""
+"""One process, or several started by torchrun: how they come together and end, and the few things that differ."""
 
 from __future__ import annotations
 
@@ -26,7 +26,11 @@ LEAVE = 10.0  # seconds from Ctrl-C to the end, come what may
 
 
 class PeerLost(ConnectionError):
-    """Another process does not answer: it died, or it is stuck."""
+    """The connection to another process is gone, and most likely the process too."""
+
+
+class PeerStuck(PeerLost):
+    """Another process does not answer: it is stuck, or its machine is gone."""
 
 
 @contextlib.contextmanager
@@ -43,11 +47,12 @@ def together(device: str, step_timeout: float) -> Iterator[torch.device]:
     if planned() == 1:
         yield torch.device(device)
         return
+    me = os.environ["RANK"]
     _interrupt_once()
     if device == "cuda":
-        device = f"cuda:{os.environ['LOCAL_RANK']}"
+        local = os.environ.get("LOCAL_RANK") or int(me) % torch.cuda.device_count()  # srun does not say it
+        device = f"cuda:{local}"
         torch.cuda.set_device(device)
-    me = os.environ["RANK"]
     watch = _join("nccl" if device.startswith("cuda") else "gloo", timedelta(seconds=step_timeout))
     try:
         yield torch.device(device)
@@ -56,7 +61,7 @@ def together(device: str, step_timeout: float) -> Iterator[torch.device]:
         raise
     except Exception as error:
         lost = _lost_peer(error)
-        if lost and "closed" in str(lost):
+        if lost and not isinstance(lost, PeerStuck):
             time.sleep(5)  # the watch knows which process it was, and ends this one
         else:
             # torchrun shows the error that is recorded first as the cause of all
@@ -80,7 +85,7 @@ def _join(backend: str, step_timeout: timedelta) -> Watch:
         timeout = step_timeout if backend == "gloo" else None
         dist.init_process_group(backend, store=store, rank=me, world_size=world, timeout=timeout)
         _patient_group()
-    except (dist.DistError, ConnectionError) as error:
+    except (RuntimeError, ConnectionError) as error:  # of torch.distributed, of the watch
         raise PeerLost(f"not all {planned()} processes came together: {error}") from error
     return watch
 
@@ -88,14 +93,16 @@ def _join(backend: str, step_timeout: timedelta) -> Watch:
 def _lost_peer(error: Exception) -> PeerLost | None:
     """What gloo's plain RuntimeError means, or None if ``error`` is another one."""
     text = str(error)
+    if not isinstance(error, RuntimeError):
+        return None
     if "Timed out waiting" in text or "Application timeout" in text:
         waited = re.search(r"(\d+)ms", text)
         how_long = f"for {int(waited[1]) / 1000:g} s" if waited else "in time"
-        return PeerLost(
+        return PeerStuck(
             f"another process did not answer {how_long}: it is stuck, or it may have died (if it is only slow, give "
             "training steps a longer --step-timeout)"
         )
-    if (type(error) is RuntimeError and "gloo" in text.lower()) or isinstance(error, dist.DistError):
+    if "gloo" in text.lower() or isinstance(error, dist.DistError):
         return PeerLost(f"the connection to another process was closed: it may have died ({text.splitlines()[0]})")
     return None
 

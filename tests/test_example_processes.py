@@ -175,20 +175,40 @@ def test_a_stuck_process_is_given_up_and_ends_too(data: Path, tmp_path: Path) ->
     assert "rank 1: ends, because rank 0 failed: another process did not answer" in ended(processes[1])[0]
 
 
-def test_ctrl_c_ends_a_process_that_python_cannot_interrupt() -> None:
+def interruptible(body: str) -> subprocess.Popen:
+    """A process that has prepared itself for Ctrl-C, and is in ``body`` when this returns."""
+    head = "import time, processes\nprocesses.LEAVE = 3.0\nprocesses._interrupt_once()\nprint('ready', flush=True)\n"
     process = subprocess.Popen(
-        [sys.executable, "-c", textwrap.dedent("""
-            from datetime import timedelta
-            import processes, torch.distributed as dist
-            processes.LEAVE = 1.0
-            processes._interrupt_once()
-            print("blocked", flush=True)
-            dist.HashStore().wait(["never"], timedelta(seconds=600))  # returns to no signal handler
-        """)],
+        [sys.executable, "-c", head + textwrap.dedent(body)],
         env={**os.environ, "PYTHONPATH": str(SCRIPT.parent)}, stdout=subprocess.PIPE, text=True,
     )  # fmt: skip
-    assert process.stdout.readline() == "blocked\n"
+    assert process.stdout.readline() == "ready\n"
     time.sleep(0.5)
+    return process
+
+
+def test_a_second_ctrl_c_does_not_disturb_the_end() -> None:
+    process = interruptible("""
+        try:
+            time.sleep(600)
+        except KeyboardInterrupt:
+            time.sleep(1)
+            print("put in order")
+    """)
+    for _ in range(2):
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.5)
+    assert ended(process) == ["put in order\n"]
+    assert process.returncode == 0
+
+
+def test_ctrl_c_ends_a_process_that_python_cannot_interrupt() -> None:
+    process = interruptible("""
+        from datetime import timedelta
+        import torch.distributed as dist
+
+        dist.HashStore().wait(["never"], timedelta(seconds=600))  # returns to no signal handler
+    """)
     process.send_signal(signal.SIGINT)
     ended(process)
     assert process.returncode == 130
@@ -237,16 +257,49 @@ def test_saves_once_and_shares_the_encoding(data: Path, tmp_path: Path) -> None:
 
         checkpoint.save, encoders.ImageEncoder.forward = logged_save, logged_encode
         sys.argv.pop()
+
+        import report, watch
+        watch.SETTLE, draw = 0.0, report.draw
+
+        def slow_draw(*arguments):  # of rank 0, when rank 1 has ended as it should
+            time.sleep(1)
+            draw(*arguments)
+
+        report.draw = slow_draw
     """)  # fmt: skip
-    for process in start_by_hand(
-        *command(data, tmp_path / "run", "--epochs", "1"), str(tmp_path / "rank"), script=script
-    ):
-        finish(process)
+    options = (*command(data, tmp_path / "run", "--epochs", "1"), str(tmp_path / "rank"))
+    for process in start_by_hand(*options, script=script):
+        assert "ends, because" not in finish(process)
     logs = [(tmp_path / f"rank-{rank}.log").read_text().splitlines() for rank in (0, 1)]
     assert [line for line in logs[0] if line.startswith("save")] == ["save best.pt", "save last.pt"]
     assert not [line for line in logs[1] if line.startswith("save")]
     for log in logs:  # half of the 24 images of dev, then half of the 24 of test
         assert [line for line in log if line.startswith("encode")] == ["encode 12", "encode 12"]
+
+
+def test_gradients_of_what_the_processes_exchange(tmp_path: Path) -> None:
+    """All compute the same from everything, so what one put in gets the sum of their equal gradients."""
+    script = tmp_path / "exchange.py"
+    script.write_text(
+        textwrap.dedent("""
+        import os, torch, processes
+
+        with processes.together("cpu", 20.0):
+            rank = processes.rank()
+            x = torch.arange(6.0).view(2, 3).add(10 * rank).requires_grad_()
+            weight = torch.arange(12.0).view(4, 3)
+            rows = processes.gather_rows(x)
+            assert rows.tolist() == [[0, 1, 2], [3, 4, 5], [10, 11, 12], [13, 14, 15]], rows
+            (grad,) = torch.autograd.grad((rows * weight).sum(), x)
+            assert torch.equal(grad, 2 * weight[2 * rank : 2 * rank + 2]), grad
+            total = processes.add_up(x)
+            assert total.tolist() == [[10, 12, 14], [16, 18, 20]], total
+            (grad,) = torch.autograd.grad((total * weight[:2]).sum(), x)
+            assert torch.equal(grad, 2 * weight[:2]), grad
+    """)
+    )
+    for process in start_by_hand(script=script):
+        finish(process)
 
 
 @pytest.mark.slow
