@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import platform
+import shlex
 import statistics
 import subprocess
 import sys
@@ -106,7 +107,7 @@ def section(title: str, *paragraphs: str) -> None:
 
 
 def where() -> str:
-    command = " ".join(["python", os.path.relpath(sys.argv[0]), *sys.argv[1:]])
+    command = shlex.join(["python", os.path.relpath(sys.argv[0]), *sys.argv[1:]])
     return (
         f"`{command}`: Python {platform.python_version()}, PyTorch {torch.__version__}, {torch.get_num_threads()} "
         f"threads, {processor()}, {os.cpu_count()} cores, {platform.system()}; load before {LOAD:.1f}."

@@ -5,12 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import processes
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from text_tokens import PAD, Vocabulary
 from torch import Tensor, nn
-from torch.distributed.nn.functional import all_reduce
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from hrem_layers import FragmentRelation
@@ -31,9 +30,9 @@ class MaskedBatchNorm(nn.Module):
         if self.training:
             real = mask.unsqueeze(-1).to(torch.float32)
             count, total = real.sum(), (x.float() * real).sum((0, 1))
-            count, total = _sum_over_processes(count), _sum_over_processes(total)
+            count, total = processes.add_up(count), processes.add_up(total)
             mean = total / count
-            var = _sum_over_processes(((x.float() - mean).square() * real).sum((0, 1))) / count
+            var = processes.add_up(((x.float() - mean).square() * real).sum((0, 1))) / count
             with torch.no_grad():
                 unbiased = var * count / (count - 1).clamp(min=1)
                 self.running_mean.lerp_(mean, self.momentum)
@@ -42,10 +41,6 @@ class MaskedBatchNorm(nn.Module):
             mean, var = self.running_mean, self.running_var
         scale = self.weight * torch.rsqrt(var + self.eps)
         return x * scale.to(x.dtype) + (self.bias - mean * scale).to(x.dtype)
-
-
-def _sum_over_processes(x: Tensor) -> Tensor:
-    return all_reduce(x) if dist.is_initialized() and dist.get_world_size() > 1 else x
 
 
 class ImageEncoder(nn.Module):

@@ -123,7 +123,7 @@ def build(arguments: argparse.Namespace, feature_dim: int, vocabulary: list[str]
     else:
         loss = HREMLoss(
             arguments.embed_dim,
-            graph=AssociationGraph(),
+            graph=AssociationGraph(candidates=arguments.candidates),
             interaction=RelationInteraction(
                 arguments.embed_dim,
                 mechanism=arguments.mechanism,
@@ -212,6 +212,7 @@ def train(
     pairs = TrainingPairs(train_pairs, built.encode, region_drop=arguments.region_drop, seed=arguments.seed)
     sampler = make_sampler(train_pairs, arguments)
     model: nn.Module = run.model
+    processes.wait()  # reading and clustering the features may take one much longer than another
     if processes.count() > 1:
         model = DistributedDataParallel(run.model, device_ids=[device] if device.type == "cuda" else None)
     board = SummaryWriter(folder / "tensorboard", purge_step=run.total_steps) if processes.is_main() else None
@@ -277,10 +278,11 @@ def amp_dtype(arguments: argparse.Namespace) -> torch.dtype:
 
 
 def save(path: Path, run: Run) -> None:
-    """Every process contributes its random state; the main one writes."""
+    """Every process contributes its random state; the main one writes while the others wait."""
     state = run.state()
     if processes.is_main():
         checkpoint.save(path, state)
+    processes.wait()
 
 
 # ------------------------------------------------------------------------------------------ evaluation
@@ -308,7 +310,7 @@ def evaluate(
         for batch, mask in processes.progress(loader, f"{what}: {name}"):
             with torch.autocast(device.type, amp_dtype(arguments), enabled=arguments.amp != "none"):
                 rows.append(encoder(batch.to(device), mask.to(device))[0].float().cpu())
-        return processes.gather_shards(torch.cat(rows).to(device), len(items)).cpu()
+        return processes.gather_shards(torch.cat(rows), len(items))
 
     images = encode(Images(pairs), model.image_encoder, "images")
     texts = encode(Captions(pairs, built.encode), model.text_encoder, "captions")
@@ -360,18 +362,16 @@ def final_evaluation(
 
 def main(argv: list[str] | None = None) -> None:
     arguments = parse_arguments(argv)
-    device = processes.start(arguments.device)
     try:
-        if arguments.eval_only:
-            evaluate_only(arguments, device)
-        else:
-            train_and_evaluate(arguments, device)
-    except (DataError, ValueError, FileNotFoundError, FileExistsError, ImportError) as error:
-        sys.exit(f"error: {error}")
+        with processes.together(arguments.device, arguments.step_timeout) as device:
+            if arguments.eval_only:
+                evaluate_only(arguments, device)
+            else:
+                train_and_evaluate(arguments, device)
+    except (DataError, ValueError, FileNotFoundError, FileExistsError, ImportError, processes.PeerLost) as error:
+        sys.exit(processes.signed(f"error: {error}"))
     except KeyboardInterrupt:
-        sys.exit("interrupted: go on with --resume and the same --output-dir")
-    finally:
-        processes.stop()
+        sys.exit("interrupted: go on with --resume and the same --output-dir" if processes.is_main() else 130)
 
 
 def train_and_evaluate(arguments: argparse.Namespace, device: torch.device) -> None:
@@ -416,7 +416,7 @@ def train_and_evaluate(arguments: argparse.Namespace, device: torch.device) -> N
 
 def evaluate_only(arguments: argparse.Namespace, device: torch.device) -> None:
     state = checkpoint.load(arguments.eval_only)
-    saved = argparse.Namespace(**{**state["arguments"], "test_split": arguments.test_split,
+    saved = argparse.Namespace(**{**vars(arguments), **state["arguments"], "test_split": arguments.test_split,
                                   "five_fold": arguments.five_fold, "num_workers": arguments.num_workers})  # fmt: skip
     if arguments.data_dir is None and saved.data_dir is not None:
         arguments.data_dir = Path(saved.data_dir)

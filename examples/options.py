@@ -30,6 +30,7 @@ MAY_DIFFER = {
     "num_workers",
     "checkpoint_every",
     "log_every",
+    "step_timeout",
 }
 
 
@@ -84,6 +85,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         type=float,
         default=1.7,
     )
+    add("--candidates", "look for relations only among the K most similar images and texts each [all of the batch]",
+        type=int, metavar="K")  # fmt: skip
     add("--warmup-steps", "steps for which only the plain pair loss counts", type=int)
 
     add("--epochs", "passes over the training captions", type=int)
@@ -114,6 +117,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--device", "cpu, cuda, cuda:1, ...; auto takes a GPU if there is one", default="auto")
     add("--amp", "mixed precision", default="none", choices=["none", "bf16", "fp16"])
     add("--num-workers", "processes that read the data", type=int, default=0)
+    add("--step-timeout", "several processes: seconds one may keep the others waiting in a training step (gloo)",
+        type=float, default=20.0)  # fmt: skip
     add("--checkpoint-every", "steps between checkpoints (there is one after each epoch as well)", type=int)
     add("--log-every", "steps between TensorBoard points", type=int, default=10)
 
@@ -123,6 +128,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
             setattr(arguments, key, value)
     if arguments.batch_size % processes.planned():
         parser.error(f"--batch-size {arguments.batch_size} must be a multiple of the {processes.planned()} processes")
+    if not 0 < arguments.step_timeout <= 86400:
+        parser.error(f"--step-timeout must be in seconds, above 0, at most a day, got {arguments.step_timeout:g}")
     if arguments.resume == "" and arguments.output_dir is None:
         parser.error("--resume needs a CHECKPOINT, or the --output-dir whose last.pt it goes on from")
     return arguments

@@ -1,30 +1,145 @@
-"""One process, or several started by torchrun: the few things in which they differ."""
+"""One process, or several started by torchrun: how they come together and end, and the few things that differ."""
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import os
+import re
+import signal
+import socket
+import threading
+import time
+from collections.abc import Iterator
 from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.nn.functional
 from torch import Tensor
+from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+from watch import DONE, Watch
+
+JOIN = timedelta(minutes=5)  # until the last process has started
+PATIENCE = timedelta(hours=2)  # outside of training steps, where one may work while the others wait
+LEAVE = 10.0  # seconds from Ctrl-C to the end, come what may
 
 
-def start(device: str) -> torch.device:
-    """Joins the group that torchrun's environment describes, if any; the device of this process.
+class PeerLost(ConnectionError):
+    """The connection to another process is gone, and most likely the process too."""
 
-    A process that waits for a dead one gives up after a minute (gloo) instead of half an hour.
+
+class PeerStuck(PeerLost):
+    """Another process does not answer: it is stuck, or its machine is gone."""
+
+
+@contextlib.contextmanager
+def together(device: str, step_timeout: float) -> Iterator[torch.device]:
+    """Joins the group that torchrun's environment describes, if any, and gives the device of this process.
+
+    While it lasts, the end of one process ends all, within seconds and with the reason: each watches the others (see
+    watch.py) and on leaving says how it ends. A process that lives and does not answer is given up after
+    ``step_timeout`` seconds within a training step (gloo; NCCL counts by its own default), and after :data:`PATIENCE`
+    where one may work while the others wait.
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    if planned() > 1:
-        if device == "cuda":
-            device = f"cuda:{os.environ['LOCAL_RANK']}"
-            torch.cuda.set_device(device)
-        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo", timeout=timedelta(seconds=60))
-    return torch.device(device)
+    if planned() == 1:
+        yield torch.device(device)
+        return
+    me = os.environ["RANK"]
+    _interrupt_once()
+    if device == "cuda":
+        local = os.environ.get("LOCAL_RANK") or int(me) % torch.cuda.device_count()  # srun does not say it
+        device = f"cuda:{local}"
+        torch.cuda.set_device(device)
+    watch = _join("nccl" if device.startswith("cuda") else "gloo", timedelta(seconds=step_timeout))
+    try:
+        yield torch.device(device)
+    except KeyboardInterrupt:
+        watch.leave(f"rank {me} was interrupted")
+        raise
+    except Exception as error:
+        lost = _lost_peer(error)
+        if lost and not isinstance(lost, PeerStuck):
+            time.sleep(5)  # the watch knows which process it was, and ends this one
+        else:
+            # torchrun shows the error that is recorded first as the cause of all
+            get_error_handler().record_exception(lost or error)
+        watch.leave(f"rank {me} failed: {lost or error}")
+        if lost:
+            raise lost from error
+        raise
+    else:
+        watch.leave(DONE)
+        dist.destroy_process_group()
+
+
+def _join(backend: str, step_timeout: timedelta) -> Watch:
+    try:
+        store, me, world = next(dist.rendezvous("env://", timeout=JOIN))
+        store.set(f"joined/{me}", "")
+        store.wait([f"joined/{r}" for r in range(world)], JOIN)
+        watch = Watch(store, rank=me, world=world, master=os.environ["MASTER_ADDR"])
+        # loss and DDP use the default group: short waits, as all are in the same training step
+        timeout = step_timeout if backend == "gloo" else None
+        dist.init_process_group(backend, store=store, rank=me, world_size=world, timeout=timeout)
+        _patient_group()
+    except (RuntimeError, ConnectionError) as error:  # of torch.distributed, of the watch
+        raise PeerLost(f"not all {planned()} processes came together: {error}") from error
+    return watch
+
+
+def _lost_peer(error: Exception) -> PeerLost | None:
+    """What gloo's plain RuntimeError means, or None if ``error`` is another one."""
+    text = str(error)
+    if not isinstance(error, RuntimeError):
+        return None
+    if "Timed out waiting" in text or "Application timeout" in text:
+        waited = re.search(r"(\d+)ms", text)
+        how_long = f"for {int(waited[1]) / 1000:g} s" if waited else "in time"
+        return PeerStuck(
+            f"another process did not answer {how_long}: it is stuck, or it may have died (if it is only slow, give "
+            "training steps a longer --step-timeout)"
+        )
+    if "gloo" in text.lower() or isinstance(error, dist.DistError):
+        return PeerLost(f"the connection to another process was closed: it may have died ({text.splitlines()[0]})")
+    return None
+
+
+def _interrupt_once() -> None:
+    """The first Ctrl-C ends this process within :data:`LEAVE` seconds; a second one does not disturb the end.
+
+    The second comes always: the terminal sends it to all processes, and torchrun passes on its own. The seconds are
+    counted in a thread because Python's handler has to wait while the main thread is held up in a long call.
+    """
+    reader, writer = socket.socketpair()
+    writer.setblocking(False)
+    signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
+
+    def interrupt(*_: object) -> None:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        raise KeyboardInterrupt
+
+    def deadline(_: socket.socket = writer) -> None:  # holds the writer open
+        while signal.SIGINT not in reader.recv(64):
+            pass
+        time.sleep(LEAVE)
+        os._exit(130)
+
+    signal.signal(signal.SIGINT, interrupt)
+    threading.Thread(target=deadline, daemon=True, name="deadline").start()
+
+
+@functools.cache
+def _patient_group() -> dist.ProcessGroup:
+    """For all that is no training step. Gloo on every device: what it carries is small, and it times out on its own."""
+    return dist.new_group(backend="gloo", timeout=PATIENCE)
+
+
+def signed(message: str) -> str:
+    """``message``, and of several processes, whose it is."""
+    return f"rank {os.environ['RANK']}: {message}" if planned() > 1 else message
 
 
 def planned() -> int:
@@ -44,24 +159,19 @@ def is_main() -> bool:
     return rank() == 0
 
 
-def stop() -> None:
-    if dist.is_initialized():
-        dist.destroy_process_group()
-
-
 def shard(n: int) -> range:
     """Which of n items this process handles: consecutive, sizes that differ by at most one."""
     return range(n * rank() // count(), n * (rank() + 1) // count())
 
 
 def gather_shards(mine: Tensor, n: int) -> Tensor:
-    """The rows of all processes' :func:`shard` of n items, in order, on every process."""
+    """The rows, on the CPU, of all processes' :func:`shard` of n items, in order, on every process."""
     if count() == 1:
         return mine
     most = -(-n // count())
     padded = torch.cat([mine, mine.new_zeros(most - len(mine), *mine.shape[1:])])
     parts = [torch.empty_like(padded) for _ in range(count())]
-    dist.all_gather(parts, padded)
+    dist.all_gather(parts, padded, group=_patient_group())
     sizes = [n * (r + 1) // count() - n * r // count() for r in range(count())]
     return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
 
@@ -71,14 +181,14 @@ def from_main(text: str) -> str:
     if count() == 1:
         return text
     box = [text]
-    dist.broadcast_object_list(box, src=0)
+    dist.broadcast_object_list(box, src=0, group=_patient_group())
     return box[0]
 
 
 def wait() -> None:
-    """Until all processes are here."""
+    """Until all processes are here, however long one of them still works. To be called before training steps."""
     if count() > 1:
-        dist.barrier()
+        dist.barrier(group=_patient_group())
 
 
 def gather_objects(mine: object) -> list:
@@ -86,19 +196,49 @@ def gather_objects(mine: object) -> list:
     if count() == 1:
         return [mine]
     everyone: list = [None] * count()
-    dist.all_gather_object(everyone, mine)
+    dist.all_gather_object(everyone, mine, group=_patient_group())
     return everyone
 
 
 def gather_rows(x: Tensor) -> Tensor:
     """The rows of all processes in rank order, with gradient; every process has equally many."""
-    if count() == 1:
-        return x
-    if not x.dtype.is_floating_point:
+    return _GatherRows.apply(x) if count() > 1 else x
+
+
+def add_up(x: Tensor) -> Tensor:
+    """The sum of the tensors of all processes, with gradient."""
+    return _AddUp.apply(x) if count() > 1 else x
+
+
+# In both, what one process puts in is used by all, so its gradient is the sum of what all pass back.
+
+
+class _GatherRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
         parts = [torch.empty_like(x) for _ in range(count())]
-        dist.all_gather(parts, x)
+        dist.all_gather(parts, x.contiguous())
         return torch.cat(parts)
-    return torch.cat(torch.distributed.nn.functional.all_gather(x))
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return _add_up(grad).chunk(count())[rank()]
+
+
+class _AddUp(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return _add_up(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return _add_up(grad)
+
+
+def _add_up(x: Tensor) -> Tensor:
+    total = x.clone(memory_format=torch.contiguous_format)
+    dist.all_reduce(total)
+    return total
 
 
 def progress(items: Any, what: str, **options: Any) -> Any:
