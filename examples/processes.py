@@ -7,8 +7,6 @@ import functools
 import os
 import re
 import signal
-import socket
-import threading
 import time
 from collections.abc import Iterator
 from datetime import timedelta
@@ -18,87 +16,67 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
-from watch import DONE, Watch
 
 JOIN = timedelta(minutes=5)  # until the last process has started
 PATIENCE = timedelta(hours=2)  # outside of training steps, where one may work while the others wait
-LEAVE = 10.0  # seconds from Ctrl-C to the end, come what may
+LAUNCHER_LOOKS = 3.0  # seconds in which torchrun sees which process failed first, and ends the others
 
 
 class PeerLost(ConnectionError):
-    """The connection to another process is gone, and most likely the process too."""
-
-
-class PeerStuck(PeerLost):
-    """Another process does not answer: it is stuck, or its machine is gone."""
+    """Another process does not answer, or the connection to it is gone, and most likely the process too."""
 
 
 @contextlib.contextmanager
 def together(device: str, step_timeout: float) -> Iterator[torch.device]:
     """Joins the group that torchrun's environment describes, if any, and gives the device of this process.
 
-    While it lasts, the end of one process ends all, within seconds and with the reason: each watches the others (see
-    watch.py) and on leaving says how it ends. A process that lives and does not answer is given up after
-    ``step_timeout`` seconds within a training step (gloo; NCCL counts by its own default), and after :data:`PATIENCE`
-    where one may work while the others wait.
+    While it lasts, the end of one process ends all: torchrun ends the others, and who waits for a dead one in a
+    collective operation fails at once. A process that lives and does not answer is given up after ``step_timeout``
+    seconds within a training step (gloo; NCCL counts by its own default), and after :data:`PATIENCE` where one may
+    work while the others wait.
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if planned() == 1:
         yield torch.device(device)
         return
-    me = os.environ["RANK"]
     _interrupt_once()
     if device == "cuda":
-        local = os.environ.get("LOCAL_RANK") or int(me) % torch.cuda.device_count()  # srun does not say it
+        local = os.environ.get("LOCAL_RANK") or int(os.environ["RANK"]) % torch.cuda.device_count()  # no torchrun
         device = f"cuda:{local}"
         torch.cuda.set_device(device)
-    watch = _join("nccl" if device.startswith("cuda") else "gloo", timedelta(seconds=step_timeout))
     try:
+        _join("nccl" if device.startswith("cuda") else "gloo", timedelta(seconds=step_timeout))
         yield torch.device(device)
-    except KeyboardInterrupt:
-        watch.leave(f"rank {me} was interrupted")
-        raise
+        dist.destroy_process_group()
     except Exception as error:
         lost = _lost_peer(error)
-        if lost and not isinstance(lost, PeerStuck):
-            time.sleep(5)  # the watch knows which process it was, and ends this one
-        else:
-            # torchrun shows the error that is recorded first as the cause of all
-            get_error_handler().record_exception(lost or error)
-        watch.leave(f"rank {me} failed: {lost or error}")
-        if lost:
-            raise lost from error
-        raise
-    else:
-        watch.leave(DONE)
-        dist.destroy_process_group()
+        if lost is None:
+            get_error_handler().record_exception(error)  # torchrun shows the first that is recorded as the cause of all
+            raise
+        time.sleep(LAUNCHER_LOOKS)  # this is not the first
+        raise lost from error
 
 
-def _join(backend: str, step_timeout: timedelta) -> Watch:
-    try:
-        store, me, world = next(dist.rendezvous("env://", timeout=JOIN))
-        store.set(f"joined/{me}", "")
-        store.wait([f"joined/{r}" for r in range(world)], JOIN)
-        watch = Watch(store, rank=me, world=world, master=os.environ["MASTER_ADDR"])
-        # loss and DDP use the default group: short waits, as all are in the same training step
-        timeout = step_timeout if backend == "gloo" else None
-        dist.init_process_group(backend, store=store, rank=me, world_size=world, timeout=timeout)
-        _patient_group()
-    except (RuntimeError, ConnectionError) as error:  # of torch.distributed, of the watch
-        raise PeerLost(f"not all {planned()} processes came together: {error}") from error
-    return watch
+def _join(backend: str, step_timeout: timedelta) -> None:
+    store, me, world = next(dist.rendezvous("env://", timeout=JOIN))
+    store.set(f"joined/{me}", "")
+    store.wait([f"joined/{r}" for r in range(world)], JOIN)
+    # loss and DDP use the default group: short waits, as all are in the same training step
+    timeout = step_timeout if backend == "gloo" else None
+    dist.init_process_group(backend, store=store, rank=me, world_size=world, timeout=timeout)
+    _patient_group()
 
 
 def _lost_peer(error: Exception) -> PeerLost | None:
-    """What gloo's plain RuntimeError means, or None if ``error`` is another one."""
+    """What the plain RuntimeError of gloo or of a store means, or None if ``error`` is another one."""
     text = str(error)
-    if not isinstance(error, RuntimeError):
+    if isinstance(error, PeerLost) or not isinstance(error, RuntimeError):
         return None
     if "Timed out waiting" in text or "Application timeout" in text:
         waited = re.search(r"(\d+)ms", text)
         how_long = f"for {int(waited[1]) / 1000:g} s" if waited else "in time"
-        return PeerStuck(
+        return PeerLost(
             f"another process did not answer {how_long}: it is stuck, or it may have died (if it is only slow, give "
             "training steps a longer --step-timeout)"
         )
@@ -108,27 +86,16 @@ def _lost_peer(error: Exception) -> PeerLost | None:
 
 
 def _interrupt_once() -> None:
-    """The first Ctrl-C ends this process within :data:`LEAVE` seconds; a second one does not disturb the end.
+    """A second Ctrl-C does not disturb the end that the first one brings.
 
-    The second comes always: the terminal sends it to all processes, and torchrun passes on its own. The seconds are
-    counted in a thread because Python's handler has to wait while the main thread is held up in a long call.
+    The second comes always: the terminal sends it to all processes, and torchrun passes on its own.
     """
-    reader, writer = socket.socketpair()
-    writer.setblocking(False)
-    signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
 
     def interrupt(*_: object) -> None:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         raise KeyboardInterrupt
 
-    def deadline(_: socket.socket = writer) -> None:  # holds the writer open
-        while signal.SIGINT not in reader.recv(64):
-            pass
-        time.sleep(LEAVE)
-        os._exit(130)
-
     signal.signal(signal.SIGINT, interrupt)
-    threading.Thread(target=deadline, daemon=True, name="deadline").start()
 
 
 @functools.cache
