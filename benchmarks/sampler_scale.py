@@ -21,7 +21,7 @@ import sklearn
 from _common import _status, in_own_process, section, table
 
 from hrem_layers import NeighborBatchSampler
-from hrem_layers.clustering import cluster_features
+from hrem_layers.sampler.clustering import cluster_features
 
 ORDERS = [  # images, clusters, captions an image, clusters and images a batch, ranks
     (2_000_000, 16_000, 5, 8, 16, 1),

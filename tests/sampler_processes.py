@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch.utils.data import DataLoader
 
 from hrem_layers import NeighborBatchSampler
-from hrem_layers.clustering import cluster_features
+from hrem_layers.sampler.clustering import cluster_features
 
 LABELS = np.arange(94) % 7
 CAPTIONS = 2 * len(LABELS)

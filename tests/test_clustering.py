@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from hrem_layers import clustering
-from hrem_layers.clustering import cluster_features
+from hrem_layers.sampler import clustering
+from hrem_layers.sampler.clustering import cluster_features
 
 
 def blobs(images: int, clusters: int, dimensions: int = 8, dtype: object = np.float32) -> tuple[np.ndarray, np.ndarray]:
@@ -156,7 +156,7 @@ def test_no_more_rows_are_sampled_than_said(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_scikit_learn_is_imported_when_used() -> None:
     program = (
-        "import sys, numpy, hrem_layers, hrem_layers.sampler, hrem_layers.clustering as c\n"
+        "import sys, numpy, hrem_layers, hrem_layers.sampler, hrem_layers.sampler.clustering as c\n"
         "loaded = [name for name in ('sklearn', 'scipy', 'threadpoolctl') if name in sys.modules]\n"
         "assert not loaded, loaded\n"
         "hrem_layers.NeighborBatchSampler(cluster_ids=[0, 0], clusters_per_batch=1, images_per_cluster=2)\n"

@@ -21,8 +21,8 @@ from scipy.sparse.csgraph import maximum_flow
 from torch.utils.data import BatchSampler, DataLoader, SequentialSampler
 
 from hrem_layers import NeighborBatchSampler
-from hrem_layers._arrays import random_keys, sort_by
-from hrem_layers._batching import Layout, arrange
+from hrem_layers.sampler.arrays import random_keys, sort_by
+from hrem_layers.sampler.batching import Layout, arrange
 
 
 class Case(NamedTuple):
@@ -626,7 +626,7 @@ def test_default_number_of_clusters() -> None:
 
 
 def test_features_are_clustered_as_cluster_features_does() -> None:
-    from hrem_layers.clustering import cluster_features
+    from hrem_layers.sampler.clustering import cluster_features
 
     features = np.random.default_rng(0).standard_normal((100, 4))
     sampler = NeighborBatchSampler(features, num_clusters=7, clusters_per_batch=2, images_per_cluster=3, seed=5)

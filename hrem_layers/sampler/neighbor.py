@@ -13,11 +13,8 @@ import numpy.typing as npt
 from torch import Tensor
 from torch.utils.data import Sampler
 
-from hrem_layers._arrays import Ints
-from hrem_layers._batching import Layout, rank_bounds, step_count
 from hrem_layers._checks import check_bool, check_int
-from hrem_layers._epoch import Epoch
-from hrem_layers._sampler_arguments import (
+from hrem_layers.sampler.arguments import (
     check_counts,
     check_labels,
     check_ranks,
@@ -25,7 +22,10 @@ from hrem_layers._sampler_arguments import (
     made_by_rank_0,
     ranks_of_the_group,
 )
-from hrem_layers.clustering import Features, cluster_features
+from hrem_layers.sampler.arrays import Ints
+from hrem_layers.sampler.batching import Layout, rank_bounds, step_count
+from hrem_layers.sampler.clustering import Features, cluster_features
+from hrem_layers.sampler.epoch import Epoch
 
 _Init = TypeVar("_Init", bound=Callable[..., None])
 _IMAGES_PER_CLUSTER = 4  # times images_per_cluster: the average size of a cluster by default
@@ -55,7 +55,7 @@ class NeighborBatchSampler(Sampler[list[int]]):
     For ``DataLoader(dataset, batch_sampler=...)``. Yields lists of caption indices: caption j of image i is
     ``i * captions_per_image + j``, or ``captions_per_image[0] + ... + captions_per_image[i - 1] + j`` if the images
     differ in their number of captions. Images are clustered once, by k-means on ``image_features``
-    (:func:`hrem_layers.clustering.cluster_features`), or elsewhere and given as ``cluster_ids``.
+    (:func:`hrem_layers.sampler.clustering.cluster_features`), or elsewhere and given as ``cluster_ids``.
 
     **An epoch.** Below, B = ``num_replicas * clusters_per_batch * images_per_cluster`` is the batch of all ranks
     together, a step.

@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from hrem_layers._arrays import Draw, Ints, Keys, ragged, run_starts, sort_by
+from hrem_layers.sampler.arrays import Draw, Ints, Keys, ragged, run_starts, sort_by
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """No step of an epoch holds two captions of one image where that can be avoided.
 
-:func:`hrem_layers._batching.arrange` leaves almost none; what is left is mended by exchanging captions between
+:func:`hrem_layers.sampler.batching.arrange` leaves almost none; what is left is mended by exchanging captions between
 steps. A caption that doubles an image in step X goes to a step Y without that image, and Y gives one to X. First
 by trial, many at a time; then, where none is found so, along the shortest chain of steps (Y gives to Z, Z to X):
 the augmenting paths of a flow from images to steps, so that what then remains cannot be avoided. The sizes of the
@@ -14,8 +14,8 @@ from collections import deque
 import numpy as np
 import numpy.typing as npt
 
-from hrem_layers._arrays import Draw, Ints, ragged, sort_by
-from hrem_layers._batching import Layout
+from hrem_layers.sampler.arrays import Draw, Ints, ragged, sort_by
+from hrem_layers.sampler.batching import Layout
 
 Mask = npt.NDArray[np.bool_]
 _TRIALS = "cccccccc" + "aaaa" + "dddda" * 20  # partner: of the same cluster, any, or another caption that doubles

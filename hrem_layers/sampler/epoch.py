@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from hrem_layers._arrays import Ints, no_keys, random_keys
-from hrem_layers._batching import Layout, arrange, step_bounds, step_count
-from hrem_layers._distinct import keep_distinct
+from hrem_layers.sampler.arrays import Ints, no_keys, random_keys
+from hrem_layers.sampler.batching import Layout, arrange, step_bounds, step_count
+from hrem_layers.sampler.distinct import keep_distinct
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,9 @@ import numpy as np
 import torch.distributed as dist
 from torch import Tensor
 
-from hrem_layers._arrays import Ints
 from hrem_layers._checks import check_int
-from hrem_layers.clustering import check_features
+from hrem_layers.sampler.arrays import Ints
+from hrem_layers.sampler.clustering import check_features
 
 Ranks = tuple[int, int]  # number of ranks, this one
 
