@@ -1,6 +1,6 @@
-"""What ``candidates=k`` does to the result: the example script on its default data, dense and with fewer and fewer.
+"""What relations and ``candidates=k`` do to the result: the example on its default data, without, dense, with fewer.
 
-    python benchmarks/candidates_effect.py                  # 4 variants, 3 seeds: prints the tables of docs/scaling.md
+    python benchmarks/candidates_effect.py                  # 5 variants, 3 seeds: prints the tables of docs/scaling.md
 
 Each run is a process of its own, one after the other, and is the command of the example with ``--candidates`` and
 ``--seed``. What has finished is kept in --output-dir and not run again, so that a run that was interrupted can go on.
@@ -17,7 +17,6 @@ import shutil
 import statistics
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import torch
@@ -28,8 +27,8 @@ EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--variants", nargs="+", default=["dense", "64", "16", "4"], metavar="K",
-                        help="numbers of candidates; dense; none (no relation modelling) [dense 64 16 4]")  # fmt: skip
+    parser.add_argument("--variants", nargs="+", default=["none", "dense", "64", "16", "4"], metavar="K",
+                        help="numbers of candidates; dense; none (no relations) [none dense 64 16 4]")  # fmt: skip
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="[0 1 2]")
     parser.add_argument("--threads", type=int, default=2, help="of each run [2]")
     parser.add_argument("--output-dir", type=Path, default=Path("runs/candidates-effect"), help="[%(default)s]")
@@ -54,7 +53,7 @@ def choice(variant: str) -> list[str]:
 
 
 def run(options: argparse.Namespace, variant: str, seed: int) -> dict:
-    """Test metrics, arguments and seconds of one training; from the file that an equal one has left, if there is."""
+    """Test metrics and arguments of one training; from the file that an equal one has left, if there is."""
     folder = options.output_dir / f"{variant}-seed{seed}"
     command = [str(EXAMPLES / "flickr30k.py"), "--output-dir", str(folder), "--device", "cpu", "--seed", str(seed)]
     command += ["--cache-dir", str(options.cache_dir.expanduser()), *choice(variant), *options.script_options]
@@ -67,15 +66,13 @@ def run(options: argparse.Namespace, variant: str, seed: int) -> dict:
             raise FileExistsError(f"{folder} holds a run with other options or versions: give another --output-dir")
         if "test" in result:
             return result
-        shutil.rmtree(folder)  # it was interrupted; to go on from its checkpoint would spoil its time
+        shutil.rmtree(folder)  # it was interrupted
     folder.mkdir(parents=True)
     kept.write_text(json.dumps({"made_by": made_by}) + "\n", encoding="utf-8")
     print(f"{variant}, seed {seed} ...", file=sys.stderr, flush=True)
-    start = time.perf_counter()
     python(command, options)
-    seconds = time.perf_counter() - start
     metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
-    result = {"made_by": made_by, "seconds": seconds, "test": metrics["test"], "chance": metrics["chance"],
+    result = {"made_by": made_by, "test": metrics["test"], "chance": metrics["chance"],
               "arguments": metrics["arguments"], "images": metrics["images"]}  # fmt: skip
     kept.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     return result
@@ -90,10 +87,10 @@ def python(command: list[str], options: argparse.Namespace) -> None:
         raise RuntimeError(f"{shlex.join(command)} failed:\n{(done.stdout + done.stderr)[-2000:]}")
 
 
-def spread(values: list[float], digits: int = 1) -> str:
+def spread(values: list[float]) -> str:
     """Mean; of several also the range."""
-    mean = f"{statistics.mean(values):.{digits}f}"
-    return mean if len(values) == 1 else f"{mean} ({min(values):.{digits}f} to {max(values):.{digits}f})"
+    mean = f"{statistics.mean(values):.1f}"
+    return mean if len(values) == 1 else f"{mean} ({min(values):.1f} to {max(values):.1f})"
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -112,12 +109,11 @@ def main(argv: list[str] | None = None) -> None:
         [
             LABELS.get(v, v),
             *(spread([r["test"][key] for r in runs]) for key in columns),
-            spread([r["seconds"] for r in runs], 0),
         ]
         for v, runs in results.items()
     ]
     each = [
-        [LABELS.get(v, v), seed, *(f"{r['test'][key]:.1f}" for key in columns), f"{r['seconds']:.0f}"]
+        [LABELS.get(v, v), seed, *(f"{r['test'][key]:.1f}" for key in columns)]
         for v, runs in results.items()
         for seed, r in zip(options.seeds, runs, strict=True)
     ]
@@ -129,9 +125,9 @@ def main(argv: list[str] | None = None) -> None:
         "Measured: what candidates do to the result",
         f"{used['epochs']} epochs with N = {used['batch_size']}, {used['pair_loss']}, {used['warmup_steps']} steps of "
         f"warm-up; test split of {first['images']} images, on which chance is R@1 {first['chance']['i2t_r1']:.1f} and "
-        f"{first['chance']['t2i_r1']:.1f}. {seeds}; a run is training, evaluation and report.",
-        table(["candidates", *columns.values(), "s a run"], means),
-        table(["candidates", "seed", *columns.values(), "s a run"], each),
+        f"{first['chance']['t2i_r1']:.1f}. {seeds}.",
+        table(["candidates", *columns.values()], means),
+        table(["candidates", "seed", *columns.values()], each),
     )
 
 
