@@ -17,7 +17,7 @@ from hrem_layers import align_fragments
 FORMS = ("align_fragments", "dense PyTorch", "loop over captions")
 SIZES = (32, 64, 128, 256, 512, 1024, 2048)
 REGIONS, SHORTEST, LONGEST, DIM = 36, 8, 24, 256
-# autograd keeps this many numbers a similarity in the two plain forms, measured at N = 128
+# autograd keeps about this many numbers a similarity in the two plain forms: see the peaks at N = 128 and 256
 KEPT_BY_AUTOGRAD = 8
 MOST_BYTES = 6e9
 PICTURE = Path(__file__).parent.parent / "docs" / "cost_curves.svg"

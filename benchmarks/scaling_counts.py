@@ -139,7 +139,7 @@ def step_costs(
     nodes = 2 * n
     projections = 2 * nodes * d * d * 6  # q, k, v, output, two feed-forward
     attention = 2 * 2 * nodes * nodes * d
-    cosines = 2 * n * n * d * (3 + 4)  # three in the graph, four in the pair losses
+    cosines = 2 * n * n * d * (6 + 4)  # three cosines, three distances in the graph, four in the pair losses
     return {
         "alignment, FLOP": pairs * 2 * r * w * d * (4 if through else 1),
         "attention and pair losses, FLOP": 3 * (projections + attention + cosines),
@@ -172,7 +172,7 @@ def arithmetic_table(per_square: float) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--sizes", type=int, nargs="*", default=[128, 256, 512, 1024])
-    parser.add_argument("--loss-sizes", type=int, nargs="*", default=[128, 256, 512])
+    parser.add_argument("--loss-sizes", type=int, nargs="*", default=[128, 256, 512, 1024])
     parser.add_argument("--candidates", type=int, nargs="+", default=[8, 16, 32])
     parser.add_argument("--regions", type=int, default=36)
     parser.add_argument("--words", type=int, default=32)

@@ -6,12 +6,9 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from hrem_layers._checks import check_int, check_number
-
-# Attention weights, of all heads, that are held at one time on a CPU (8 MB of float32)
-_WEIGHTS_AT_ONCE = 2**21
+from hrem_layers.attention import attend
 
 
 class BiasedAttention(nn.Module):
@@ -69,25 +66,6 @@ class BiasedAttention(nn.Module):
         out = attend(q, k, v, bias, self.dropout if self.training else 0.0)  # [..., h, n, d]
         out = self.out_proj(rearrange(out, "... h n d -> ... n (h d)"))
         return out if reachable is None else torch.where(reachable, out, 0)
-
-
-def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, dropout: float) -> Tensor:
-    """Scaled dot-product attention: q (..., h, n, d), k, v (..., h, m, d), bias (..., 1, n, m) -> (..., h, n, d).
-
-    On a CPU, autograd would keep several copies of all h·n·m weights where the bias is learned (the fused kernels have
-    no gradient for it there). Many weights are therefore computed a few heads at a time, and again in backward. Left
-    to the compiler under ``torch.compile``, which would unroll the groups and compile again for each number of them.
-    """
-    groups = 1
-    if q.device.type == "cpu" and torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        groups = -(-q.shape[:-1].numel() * k.shape[-2] // _WEIGHTS_AT_ONCE)
-    if groups <= 1:
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout)
-    heads = zip(*(x.chunk(groups, dim=-3) for x in (q, k, v)), strict=True)
-    options = {"use_reentrant": False, "preserve_rng_state": dropout > 0}
-    return torch.cat(
-        [checkpoint(F.scaled_dot_product_attention, *each, bias, dropout, **options) for each in heads], dim=-3
-    )
 
 
 class TransformerLayer(nn.Module):

@@ -7,7 +7,6 @@ import torch
 from support import assert_near, random_mask
 from torch import nn
 
-from hrem_layers import transformer
 from hrem_layers.transformer import BiasedAttention, TransformerLayer
 
 N, L, M, D, HEADS = 3, 6, 4, 16, 4
@@ -110,48 +109,3 @@ def test_dropout_acts_in_training_only_and_on_the_attention_weights_too():
     with torch.no_grad():  # dropout 0: training and evaluation agree
         still = TransformerLayer(D, num_heads=HEADS, dropout=0.0)
         assert torch.equal(still.train()(x), still.eval()(x))
-
-
-@pytest.mark.parametrize("biased", [False, True])
-@pytest.mark.parametrize("weights_at_once", [1, 2 * N * L * M, 3 * N * L * M])
-def test_attention_by_groups_of_heads_is_attention(monkeypatch, weights_at_once, biased):
-    monkeypatch.setattr(transformer, "_WEIGHTS_AT_ONCE", weights_at_once)
-    q = torch.randn(N, HEADS, L, 2, dtype=torch.float64, requires_grad=True)
-    k, v = (torch.randn(N, HEADS, M, 2, dtype=torch.float64, requires_grad=True) for _ in range(2))
-    bias = torch.randn(N, 1, L, M, dtype=torch.float64, requires_grad=True) if biased else None
-    tensors = [x for x in (q, k, v, bias) if x is not None]
-    grad = torch.randn(N, HEADS, L, 2, dtype=torch.float64)
-    whole = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=bias)
-    grouped = transformer.attend(q, k, v, bias, 0.0)
-    assert_near(grouped, whole, 1e-12)
-    for ours, theirs in zip(
-        torch.autograd.grad(grouped, tensors, grad), torch.autograd.grad(whole, tensors, grad), strict=True
-    ):
-        assert_near(ours, theirs, 1e-12)
-
-
-def test_attention_by_groups_draws_the_same_dropout_in_backward(monkeypatch):
-    monkeypatch.setattr(transformer, "_WEIGHTS_AT_ONCE", 1)
-    q, k, v = (torch.randn(HEADS, L, 2, dtype=torch.float64, requires_grad=True) for _ in range(3))
-
-    def seeded(*qkv):
-        torch.manual_seed(5)
-        out = transformer.attend(*qkv, None, 0.5)
-        torch.manual_seed(6)  # what backward draws from must not matter
-        return out
-
-    assert not torch.equal(seeded(q, k, v), transformer.attend(q, k, v, None, 0.0))
-    assert torch.autograd.gradcheck(seeded, (q, k, v))
-
-
-def test_attention_holds_few_weights_for_backward(monkeypatch):
-    def saved(weights_at_once):
-        monkeypatch.setattr(transformer, "_WEIGHTS_AT_ONCE", weights_at_once)
-        sizes = []
-        with torch.autograd.graph.saved_tensors_hooks(lambda x: sizes.append(x.numel()) or x, lambda x: x):
-            q, k, v = (torch.randn(HEADS, 50, 2, requires_grad=True) for _ in range(3))
-            transformer.attend(q, k, v, torch.zeros(1, 50, 50, requires_grad=True), 0.1)
-        return max(sizes, default=0)
-
-    assert saved(2**21) == HEADS * 50 * 50
-    assert saved(1) <= 50 * 50

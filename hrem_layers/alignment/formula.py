@@ -102,9 +102,9 @@ def pool(best: Maxima, real_words: Tensor | None, real_regions: Tensor | None, o
 
 
 def block_backward(
-    s: Tensor, text_mask: Tensor | None, image_mask: Tensor | None, grad: PairScores, *, mode: str
-) -> Tensor:
-    """The gradient of a block's scores with respect to its ``x`` (t, w, i, r), given s and that of the scores.
+    s: Tensor, text_mask: Tensor | None, image_mask: Tensor | None, grad: PairScores, out: Tensor, *, mode: str
+) -> None:
+    """Writes to ``out`` the gradient with respect to a block's ``x`` (t, w, i, r), given s and that of the scores.
 
     Regions (words) that share the maximum share its gradient evenly.
     """
@@ -127,14 +127,15 @@ def block_backward(
     grad_b = best.mul_((grad_region / best.sum(dim=1)).unsqueeze(1))
 
     if inverse_words is None or inverse_regions is None:
-        return grad_a.add_(grad_b)
+        torch.add(grad_a, grad_b, out=out)
+        return
     # d(s / ‖s‖) = (g − a <g, a>) / ‖s‖ along the normed dimension; g ≠ 0 only where a is the maximum
     along_words = (grad_a * per_word.unsqueeze(3)).sum(dim=1, keepdim=True).mul_(inverse_words.square())
     along_regions = (grad_b * per_region.unsqueeze(1)).sum(dim=3, keepdim=True).mul_(inverse_regions.square())
-    grad_s = grad_a.mul_(inverse_words).add_(grad_b.mul_(inverse_regions))
+    grad_s = grad_a.mul_(inverse_words).addcmul_(grad_b, inverse_regions)
     grad_s.addcmul_(s, along_words, value=-1).addcmul_(s, along_regions, value=-1)
     # s > 0 exactly where x > 0
-    return torch.ops.aten.leaky_relu_backward(grad_s, s, LEAKY_SLOPE, True)
+    torch.ops.aten.leaky_relu_backward.grad_input(grad_s, s, LEAKY_SLOPE, True, grad_input=out)
 
 
 def _inverse_norms(s: Tensor, mode: str) -> tuple[Tensor, Tensor] | tuple[None, None]:

@@ -127,7 +127,7 @@ def score_all_backward(
         for (text_run, image_run, block), (_, _, place) in zip(tile.blocks(s), tile.blocks(grad_x), strict=True):
             masks = _mask_of(texts, text_run), _mask_of(images, image_run)
             window = pair_grad.window(text_run.items(), image_run.items())
-            place.copy_(block_backward(block, *masks, window, mode=setting.mode))
+            block_backward(block, *masks, window, place, mode=setting.mode)
         regions, words = tile.regions(), tile.words()
         _add_product(grad_images[regions], grad_x.t(), texts.rows[words], first=words.start == 0)
         _add_product(grad_texts[words], grad_x, images.rows[regions], first=regions.start == 0)
