@@ -136,12 +136,13 @@ def extra_peak_mb(work: Callable[[], object]) -> float:
     """
     with open("/proc/self/clear_refs", "w") as file:
         file.write("5")  # the high-water mark starts anew
-    before = _status("VmRSS")
+    before = status_kib("VmRSS")
     work()
-    return (_status("VmHWM") - before) * 1024 / 1e6
+    return (status_kib("VmHWM") - before) * 1024 / 1e6
 
 
-def _status(field: str) -> int:
+def status_kib(field: str) -> int:
+    """A line of Linux's /proc/self/status: VmRSS, VmHWM, ..."""
     with open("/proc/self/status", encoding="utf-8") as file:
         return next(int(line.split()[1]) for line in file if line.startswith(field + ":"))
 

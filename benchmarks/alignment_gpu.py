@@ -10,7 +10,7 @@ from _common import RELEASE, bare_matmul, make_batch, ratio_table, section, summ
 
 from hrem_layers import AssociationGraph, HREMLoss, align_fragments
 from hrem_layers.alignment import op
-from hrem_layers.alignment.launch import kernel_applies
+from hrem_layers.alignment.gpu.launch import kernel_applies
 
 TITLE = "The fused kernel on a GPU"
 

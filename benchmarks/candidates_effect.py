@@ -96,8 +96,6 @@ def spread(values: list[float]) -> str:
 def main(argv: list[str] | None = None) -> None:
     options = parse(argv)
     torch.set_num_threads(options.threads)  # for the line that says where it ran
-    if "--data-dir" not in options.script_options:  # made before the clock runs
-        python([str(EXAMPLES / "emoji_pairs.py"), "--cache-dir", str(options.cache_dir.expanduser())], options)
     results = {v: [run(options, v, seed) for seed in options.seeds] for v in options.variants}
 
     used = results[options.variants[0]][0]["arguments"]
@@ -106,11 +104,7 @@ def main(argv: list[str] | None = None) -> None:
             print(f"--variants {variant}: the batch has {used['batch_size']} items, so this is dense", file=sys.stderr)
     columns = {"i2t_r1": "R@1 image to text", "t2i_r1": "R@1 text to image", "rsum": "rSum"}
     means = [
-        [
-            LABELS.get(v, v),
-            *(spread([r["test"][key] for r in runs]) for key in columns),
-        ]
-        for v, runs in results.items()
+        [LABELS.get(v, v), *(spread([r["test"][key] for r in runs]) for key in columns)] for v, runs in results.items()
     ]
     each = [
         [LABELS.get(v, v), seed, *(f"{r['test'][key]:.1f}" for key in columns)]

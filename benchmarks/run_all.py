@@ -1,6 +1,6 @@
 """Runs the benchmarks and writes docs/performance.md.
 
-python benchmarks/run_all.py                                       # all: an hour or more on two cores
+python benchmarks/run_all.py                                       # all: a quarter of an hour on two cores
 python benchmarks/run_all.py alignment_ratio.py loss_ratio.py      # these; the page names what was left out
 """
 

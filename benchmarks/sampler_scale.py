@@ -18,7 +18,7 @@ import time
 
 import numpy as np
 import sklearn
-from _common import _status, in_own_process, section, table
+from _common import in_own_process, section, status_kib, table
 
 from hrem_layers import NeighborBatchSampler
 from hrem_layers.sampler.clustering import cluster_features
@@ -77,7 +77,7 @@ CLUSTERS_HEAD = ["features", "images", "dimensions", "clusters", "s", "CPU s", "
 
 
 def peak() -> str:
-    return f"{_status('VmHWM') * 1024 / 1e9:.2f}"
+    return f"{status_kib('VmHWM') * 1024 / 1e9:.2f}"
 
 
 def write_features(file: str, images: int, number: int, apart: float) -> None:

@@ -71,7 +71,7 @@ def _join(backend: str, step_timeout: timedelta) -> None:
 def _lost_peer(error: Exception) -> PeerLost | None:
     """What the plain RuntimeError of gloo or of a store means, or None if ``error`` is another one."""
     text = str(error)
-    if isinstance(error, PeerLost) or not isinstance(error, RuntimeError):
+    if not isinstance(error, RuntimeError):
         return None
     if "Timed out waiting" in text or "Application timeout" in text:
         waited = re.search(r"(\d+)ms", text)

@@ -10,7 +10,7 @@ from hrem_layers.graph import AssociationGraph
 from hrem_layers.interaction import RelationInteraction
 from hrem_layers.loss import HREMLoss, HREMTerms
 from hrem_layers.losses import InfoNCELoss, TripletLoss
-from hrem_layers.relation_graph import RelationGraph
+from hrem_layers.relations import RelationGraph
 from hrem_layers.retrieval import RetrievalMetrics, retrieval_metrics
 from hrem_layers.sampler import NeighborBatchSampler
 

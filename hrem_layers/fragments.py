@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from hrem_layers._checks import check_bool_tensor, check_int, check_number, check_tensor
-from hrem_layers.masked import masked_max_k_mean, masked_mean, zero_padding
-from hrem_layers.transformer import TransformerLayer
+from hrem_layers._core.checks import check_bool_tensor, check_int, check_number, check_tensor
+from hrem_layers._core.masked import masked_max_k_mean, masked_mean, zero_padding
+from hrem_layers._core.transformer import TransformerLayer
 
 
 class FragmentRelation(nn.Module):

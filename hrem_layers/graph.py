@@ -8,12 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hrem_layers._checks import check_bool, check_choice, check_int, check_number, check_tensor
+from hrem_layers._core.checks import check_bool, check_choice, check_int, check_number, check_tensor
+from hrem_layers._core.numerics import autocast_dtype, compute_dtype, cosine_matrix, l2_normalize
 from hrem_layers.alignment import MODES, align_fragments
-from hrem_layers.candidates import align_candidates, scatter_rows
+from hrem_layers.alignment.candidates import align_candidates, scatter_rows
 from hrem_layers.distributed import Shares
-from hrem_layers.masked import autocast_dtype, compute_dtype, cosine_matrix, l2_normalize
-from hrem_layers.relation_graph import RelationGraph, check_graph
+from hrem_layers.relations import RelationGraph, check_graph
 
 
 class _Direction(NamedTuple):

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from hrem_layers._checks import check_choice, check_int, check_number, check_tensor
-from hrem_layers.masked import l2_normalize
-from hrem_layers.relation_graph import RelationGraph, check_graph
-from hrem_layers.transformer import TransformerLayer
+from hrem_layers._core.checks import check_choice, check_int, check_number, check_tensor
+from hrem_layers._core.numerics import l2_normalize
+from hrem_layers._core.transformer import TransformerLayer
+from hrem_layers.relations import RelationGraph, check_graph
 
 MECHANISMS = ("fusion", "standalone")
 

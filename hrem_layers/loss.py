@@ -9,7 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from hrem_layers._checks import check_bool, check_int, check_number, check_tensor, describe
+from hrem_layers._core.checks import check_bool, check_int, check_number, check_tensor, describe
+from hrem_layers._core.numerics import cosine_matrix, l2_normalize
 from hrem_layers.distributed import (
     Batch,
     Shares,
@@ -22,7 +23,6 @@ from hrem_layers.distributed import (
 from hrem_layers.graph import AssociationGraph
 from hrem_layers.interaction import RelationInteraction
 from hrem_layers.losses import TripletLoss
-from hrem_layers.masked import cosine_matrix, l2_normalize
 
 
 class HREMTerms(NamedTuple):

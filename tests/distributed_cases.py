@@ -26,7 +26,7 @@ from torch import Tensor, nn
 import hrem_layers.distributed
 import hrem_layers.graph
 from hrem_layers import AssociationGraph, HREMLoss, InfoNCELoss, RelationInteraction, TripletLoss
-from hrem_layers.masked import masked_mean
+from hrem_layers._core.masked import masked_mean
 
 EMBED, RAW = 8, 5
 CASES: dict[str, Callable[[int, int], None]] = {}

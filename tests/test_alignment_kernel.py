@@ -17,8 +17,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from hrem_layers.alignment import align_fragments, launch
-from hrem_layers.alignment.formula import LEAKY_SLOPE, Scores
+from hrem_layers.alignment import align_fragments
+from hrem_layers.alignment.block import LEAKY_SLOPE, Scores
+from hrem_layers.alignment.gpu import launch
 
 needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="needs triton")
 
@@ -127,7 +128,7 @@ def test_the_kernel_is_not_for_a_cpu_and_is_not_imported_there():
         "import sys, torch, hrem_layers\n"
         "x = torch.randn(2, 3, 4)\n"
         "hrem_layers.align_fragments(x, x)\n"
-        "assert 'hrem_layers.alignment.kernel' not in sys.modules"
+        "assert 'hrem_layers.alignment.gpu.kernel' not in sys.modules"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -139,7 +140,7 @@ def test_the_kernel_is_not_for_a_cpu_and_is_not_imported_there():
 def test_kernels_compile_for_gpus(capability, tmp_path, monkeypatch):
     """To machine code, without a GPU at hand; the usual widths fit into registers."""
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    from hrem_layers.alignment import kernel
+    from hrem_layers.alignment.gpu import kernel
 
     for words in (16, 32):
         for function, columns in (

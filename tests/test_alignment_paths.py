@@ -18,8 +18,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hrem_layers.alignment import launch, tiling
-from hrem_layers.alignment.formula import Scores
+from hrem_layers.alignment import tiles as tiling
+from hrem_layers.alignment.block import Scores
+from hrem_layers.alignment.gpu import launch
 
 MODES = ("scan", "cosine", "dot")
 

@@ -7,8 +7,8 @@ import torch
 from support import assert_near
 from torch.nn.functional import scaled_dot_product_attention
 
-from hrem_layers import attention
-from hrem_layers.attention import attend
+from hrem_layers._core import attention
+from hrem_layers._core.attention import attend
 
 N, HEADS, L, M, D = 5, 4, 6, 7, 3
 BIASES = [(L, M), (1, L, M), (HEADS, L, M), (N, 1, L, M), (N, 1, 1, M), (1, HEADS, L, M)]

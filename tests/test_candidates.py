@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd import gradcheck
 
 from hrem_layers import AssociationGraph, HREMLoss, align_fragments
-from hrem_layers.candidates import align_candidates
+from hrem_layers.alignment.candidates import align_candidates
 from hrem_layers.graph import nearest
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -257,7 +257,7 @@ def test_working_memory_is_that_of_a_chunk() -> None:
     """No tensor made on the way is larger than a chunk's gathered fragments, whatever N and k."""
     from torch.utils._python_dispatch import TorchDispatchMode
 
-    from hrem_layers import candidates
+    from hrem_layers.alignment import candidates
 
     largest = 0
 
@@ -298,7 +298,7 @@ def test_compiles_as_one_graph() -> None:
 
 
 def test_operators_keep_their_promises_to_torch() -> None:
-    from hrem_layers import candidates
+    from hrem_layers.alignment import candidates
 
     b = batch(7, 4, 3, 2, 5)
     index = torch.tensor([[0, 1], [1, 2], [2, 3], [3, 0]])

@@ -19,7 +19,7 @@ from hrem_layers import (
     TripletLoss,
     align_fragments,
 )
-from hrem_layers._checks import (
+from hrem_layers._core.checks import (
     check_bool,
     check_bool_tensor,
     check_choice,
@@ -27,7 +27,7 @@ from hrem_layers._checks import (
     check_number,
     check_tensor,
 )
-from hrem_layers.transformer import BiasedAttention, TransformerLayer
+from hrem_layers._core.transformer import BiasedAttention, TransformerLayer
 
 N, R, W, D = 4, 3, 5, 16
 

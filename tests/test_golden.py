@@ -15,8 +15,8 @@ from hrem_layers import (
     TripletLoss,
     align_fragments,
 )
+from hrem_layers._core.numerics import l2_normalize
 from hrem_layers.losses.triplet import distance_log_weights
-from hrem_layers.masked import l2_normalize
 
 VALUE, GRADIENT = 1e-5, 1e-4
 

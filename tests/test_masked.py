@@ -10,16 +10,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support import assert_near, generator, random_mask
 
-from hrem_layers.masked import (
+from hrem_layers._core.masked import masked_max_k_mean, masked_mean, zero_padding
+from hrem_layers._core.numerics import (
     autocast_dtype,
     autocast_off,
     compute_dtype,
     cosine_matrix,
     l2_normalize,
-    masked_max_k_mean,
-    masked_mean,
     safe_reciprocal,
-    zero_padding,
 )
 
 sizes = st.tuples(st.integers(1, 4), st.integers(1, 6), st.integers(1, 3))

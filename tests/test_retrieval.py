@@ -14,13 +14,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hrem_layers import _ranks
 from hrem_layers.retrieval import (
     five_fold_metrics,
     five_fold_metrics_from_similarity,
     retrieval_metrics,
     retrieval_metrics_from_similarity,
 )
+from hrem_layers.retrieval import ranks as _ranks
 
 GOLDEN = Path(__file__).parent / "golden"
 

@@ -7,7 +7,7 @@ import torch
 from support import assert_near, random_mask
 from torch import nn
 
-from hrem_layers.transformer import BiasedAttention, TransformerLayer
+from hrem_layers._core.transformer import BiasedAttention, TransformerLayer
 
 N, L, M, D, HEADS = 3, 6, 4, 16, 4
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hrem_layers._checks import check_bool_tensor, check_choice, check_int, check_tensor
-from hrem_layers.alignment.formula import MODES, Scores
+from hrem_layers._core.checks import check_bool_tensor, check_choice, check_int, check_tensor
+from hrem_layers._core.numerics import autocast_dtype
+from hrem_layers.alignment.block import MODES, Scores
 from hrem_layers.alignment.op import align_op
-from hrem_layers.masked import autocast_dtype
 
 __all__ = ["MODES", "Scores", "align_fragments"]
 

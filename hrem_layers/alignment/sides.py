@@ -13,7 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from hrem_layers.masked import compute_dtype, safe_reciprocal, zero_padding
+from hrem_layers._core.masked import zero_padding
+from hrem_layers._core.numerics import compute_dtype, safe_reciprocal
 
 
 class Run(NamedTuple):

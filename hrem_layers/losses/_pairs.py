@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from hrem_layers._checks import check_bool_tensor, check_tensor
-from hrem_layers.masked import compute_dtype
+from hrem_layers._core.checks import check_bool_tensor, check_tensor
+from hrem_layers._core.numerics import compute_dtype
 
 REDUCTIONS = ("sum", "mean")
 

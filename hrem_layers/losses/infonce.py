@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from hrem_layers._checks import check_bool, check_choice, check_number
+from hrem_layers._core.checks import check_bool, check_choice, check_number
 from hrem_layers.losses._pairs import REDUCTIONS, check_pairs
 
 MAX_SCALE = 100.0

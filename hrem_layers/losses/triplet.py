@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hrem_layers._checks import check_choice, check_int, check_number, check_tensor
+from hrem_layers._core.checks import check_choice, check_int, check_number, check_tensor
 from hrem_layers.losses._pairs import REDUCTIONS, check_pairs
 
 NEGATIVES = ("distance_weighted", "hardest", "all", "expected")

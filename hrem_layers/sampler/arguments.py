@@ -10,7 +10,7 @@ import numpy as np
 import torch.distributed as dist
 from torch import Tensor
 
-from hrem_layers._checks import check_int
+from hrem_layers._core.checks import check_int
 from hrem_layers.sampler.arrays import Ints
 from hrem_layers.sampler.clustering import check_features
 

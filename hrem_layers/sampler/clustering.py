@@ -10,7 +10,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from hrem_layers._checks import check_int
+from hrem_layers._core.checks import check_int
 from hrem_layers.sampler.arrays import random_keys, sort_by
 
 Features = npt.NDArray[np.floating[Any]] | Tensor

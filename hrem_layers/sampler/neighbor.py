@@ -13,7 +13,7 @@ import numpy.typing as npt
 from torch import Tensor
 from torch.utils.data import Sampler
 
-from hrem_layers._checks import check_bool, check_int
+from hrem_layers._core.checks import check_bool, check_int
 from hrem_layers.sampler.arguments import (
     check_counts,
     check_labels,

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hrem_layers._checks import check_choice, check_int, check_tensor, describe
-from hrem_layers._ranks import Cosines, Given, exact_device, items_ahead
+from hrem_layers._core.checks import check_choice, check_int, check_tensor, describe
+from hrem_layers.retrieval.ranks import Cosines, Given, exact_device, items_ahead
 
 _Ids = Tensor | np.ndarray | Sequence[int]
 

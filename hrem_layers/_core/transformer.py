@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from hrem_layers._checks import check_int, check_number
-from hrem_layers.attention import attend
+from hrem_layers._core.attention import attend
+from hrem_layers._core.checks import check_int, check_number
 
 
 class BiasedAttention(nn.Module):

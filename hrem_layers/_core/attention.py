@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from hrem_layers.masked import autocast_off, compute_dtype
+from hrem_layers._core.numerics import autocast_off, compute_dtype
 
 # Attention weights that are held at one time on a CPU (8 MB of float32)
 _WEIGHTS_AT_ONCE = 2**21
@@ -61,12 +61,11 @@ class _AttendInParts(torch.autograd.Function):
         with autocast_off(q.device), torch.random.fork_rng(devices=[], enabled=ctx.dropout > 0):
             if ctx.dropout:
                 torch.set_rng_state(ctx.random_state)
-            scratch = q.new_empty(0, dtype=wide)
+            all_scratch = _room(q, k, ctx.size)
             for part, weights, keep in _parts(q, k, bias, ctx.dropout, ctx.size):
-                g, own_v = grad[part].to(wide), v[part].to(wide)
+                g, own_v, scratch = grad[part].to(wide), v[part].to(wide), all_scratch[: len(weights)]
                 # Σ_m weights · their gradient, which softmax takes off, is <out, its gradient>
                 along = (g * out[part]).sum(dim=-1, keepdim=True)
-                scratch = scratch if scratch.shape == weights.shape else torch.empty_like(weights)
                 if keep is None:
                     grad_v[part] = weights.mT @ g
                     grad_weights = torch.matmul(g, own_v.mT, out=scratch)
@@ -86,19 +85,22 @@ def _parts(
 ) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
     """Of every part: where it is, its weights before dropout, and what dropout multiplies them by."""
     wide = compute_dtype(q.dtype)
-    scores = weights = q.new_empty(0, dtype=wide)
+    all_scores, all_weights = _room(q, k, size), _room(q, k, size)
     keep = None
     for start in range(0, q.shape[0], size):
         part = slice(start, start + size)
         own_q, own_k = q[part].to(wide) * q.shape[-1] ** -0.5, k[part].to(wide)
-        shape = (*own_q.shape[:-1], own_k.shape[-2])
-        if weights.shape != shape:
-            scores, weights = own_q.new_empty(shape), own_q.new_empty(shape)
+        scores, weights = all_scores[: len(own_q)], all_weights[: len(own_q)]
         torch.matmul(own_q, own_k.mT, out=scores).add_(_of(bias, part, q.dim()))
         torch.softmax(scores, dim=-1, out=weights)
         if dropout:
             keep = scores.bernoulli_(1 - dropout).div_(1 - dropout)
         yield part, weights, keep
+
+
+def _room(q: Tensor, k: Tensor, size: int) -> Tensor:
+    """For the weights of a part; the last one may fill it in part."""
+    return q.new_empty((size, *q.shape[1:-1], k.shape[-2]), dtype=compute_dtype(q.dtype))
 
 
 def _of(bias: Tensor, part: slice, dims: int) -> Tensor:

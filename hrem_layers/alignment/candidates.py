@@ -21,16 +21,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hrem_layers._checks import check_bool_tensor, check_choice, check_int, check_tensor, describe
-from hrem_layers.alignment.formula import LEAKY_SLOPE, MODES
-from hrem_layers.masked import (
-    autocast_dtype,
-    autocast_off,
-    compute_dtype,
-    l2_normalize,
-    safe_reciprocal,
-    zero_padding,
-)
+from hrem_layers._core.checks import check_bool_tensor, check_choice, check_int, check_tensor, describe
+from hrem_layers._core.masked import zero_padding
+from hrem_layers._core.numerics import autocast_dtype, autocast_off, compute_dtype, l2_normalize, safe_reciprocal
+from hrem_layers.alignment.block import LEAKY_SLOPE, MODES
 
 # numbers in one chunk's largest tensor (candidates' fragments or similarities) if the caller does not say
 _CPU_CHUNK, _GPU_CHUNK = 2**21, 2**26

@@ -86,6 +86,8 @@ def block_maxima(s: Tensor, text_mask: Tensor | None, image_mask: Tensor | None,
     inverse_words, inverse_regions = _inverse_norms(s, mode)
     torch.amax(_fill(_scaled(s, inverse_words), image_mask, dim=3), dim=3, out=out.per_word)
     torch.amax(_fill(_scaled(s, inverse_regions), text_mask, dim=1), dim=1, out=out.per_region)
+    _drop_empty_(out.per_word, image_mask)
+    _drop_empty_(out.per_region, text_mask)
 
 
 def pool(best: Maxima, real_words: Tensor | None, real_regions: Tensor | None, out: PairScores) -> None:
@@ -93,12 +95,8 @@ def pool(best: Maxima, real_words: Tensor | None, real_regions: Tensor | None, o
 
     ``out`` must hold zeros; places of q for which there is no value are left alone.
     """
-    nothing = None if real_regions is None else ~real_regions.any(dim=1)  # [i]: no region to take the maximum of
-    per_word = best.per_word if nothing is None else best.per_word.masked_fill(nothing, 0)
-    _pool(per_word.transpose(1, 2), _expand_words(real_words), out.mean_t2i, out.top_t2i)
-    nothing = None if real_words is None else ~real_words.any(dim=1)[:, None, None]
-    per_region = best.per_region if nothing is None else best.per_region.masked_fill(nothing, 0)
-    _pool(per_region, real_regions, out.mean_i2t, out.top_i2t)
+    _pool(best.per_word.transpose(1, 2), _expand_words(real_words), out.mean_t2i, out.top_t2i)
+    _pool(best.per_region, real_regions, out.mean_i2t, out.top_i2t)
 
 
 def block_backward(
@@ -113,7 +111,7 @@ def block_backward(
     a = _fill(_scaled(s, inverse_words), image_mask, dim=3)
     per_word = a.amax(dim=3)  # [t, w, i]
     best = _equal(a, per_word.unsqueeze(3), s)  # [t, w, i, r] of 0 and 1
-    per_word = _drop_empty(per_word, image_mask)
+    _drop_empty_(per_word, image_mask)
     grad_word = _pool_backward(
         per_word.transpose(1, 2), _expand_words(text_mask), grad.mean_t2i, grad.top_t2i
     ).transpose(1, 2)  # [t, w, i]
@@ -122,7 +120,7 @@ def block_backward(
     b = _fill(_scaled(s, inverse_regions), text_mask, dim=1)
     per_region = b.amax(dim=1)  # [t, i, r]
     best = _equal(b, per_region.unsqueeze(1), s)
-    per_region = _drop_empty(per_region, text_mask)
+    _drop_empty_(per_region, text_mask)
     grad_region = _pool_backward(per_region, image_mask, grad.mean_i2t, grad.top_i2t)  # [t, i, r]
     grad_b = best.mul_((grad_region / best.sum(dim=1)).unsqueeze(1))
 
@@ -171,9 +169,10 @@ def _fill(x: Tensor, mask: Tensor | None, dim: int) -> Tensor:
     return x.masked_fill(~(mask[:, :, None, None] if dim == 1 else mask), -torch.inf)
 
 
-def _drop_empty(best: Tensor, mask: Tensor | None) -> Tensor:
-    """0 where there was nothing real to take the maximum of."""
-    return best if mask is None else best.masked_fill(best == -torch.inf, 0)
+def _drop_empty_(best: Tensor, mask: Tensor | None) -> None:
+    """0, in place, where there was nothing real to take the maximum of."""
+    if mask is not None:
+        best.masked_fill_(best == -torch.inf, 0)
 
 
 def _pool(f: Tensor, mask: Tensor | None, out_mean: Tensor, out_top: Tensor) -> None:

@@ -3,7 +3,7 @@ r"""The fused GPU kernels: a program computes a tile of image-text pairs from fr
 Imported only where it runs (it needs Triton). A program takes BT texts and BI images. It multiplies their
 fragments (float32 accumulators), and LeakyReLU, both norms, both maxima, the means and the largest values are
 computed while the tile is on the chip; per pair 2·(topk + 1) numbers go to memory. The formulas and the letters are
-those of :mod:`hrem_layers.alignment.formula`.
+those of :mod:`hrem_layers.alignment.block`.
 
 - *Regions.* Triton's blocks are powers of 2. Regions are therefore cut in two parts, RA + RB (36 = 32 + 16, with 12
   idle columns instead of the 28 of 64); what is computed over regions is computed for each part and joined.
@@ -22,7 +22,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from hrem_layers.alignment.kernel_tile import finite, score_tile
+from hrem_layers.alignment.gpu.tile import finite, score_tile
 
 
 @triton.jit

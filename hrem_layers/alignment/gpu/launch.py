@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from hrem_layers.alignment.formula import LEAKY_SLOPE, PairScores, Scores
+from hrem_layers.alignment.block import LEAKY_SLOPE, PairScores, Scores
 from hrem_layers.alignment.sides import Side, fragments_grad, make_side
 
 # Limits of a tile. What is wider runs as batched PyTorch.
@@ -81,8 +81,8 @@ def score_all_fused(
     topk: int,
     dtype: torch.dtype,
 ) -> Scores:
-    """As :func:`hrem_layers.alignment.tiling.score_all`."""
-    from hrem_layers.alignment.kernel import align_kernel
+    """As :func:`hrem_layers.alignment.tiles.score_all`."""
+    from hrem_layers.alignment.gpu.kernel import align_kernel
 
     images, texts, order, extent = _inputs(image_fragments, text_fragments, image_mask, text_mask, mode, dtype)
     (i, r, d), (t, w, _) = image_fragments.shape, text_fragments.shape
@@ -111,8 +111,8 @@ def score_all_fused_backward(
     topk: int,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    """As :func:`hrem_layers.alignment.tiling.score_all_backward`; the similarities are computed again."""
-    from hrem_layers.alignment.kernel import align_grad_kernel
+    """As :func:`hrem_layers.alignment.tiles.score_all_backward`; the similarities are computed again."""
+    from hrem_layers.alignment.gpu.kernel import align_grad_kernel
 
     images, texts, order, extent = _inputs(image_fragments, text_fragments, image_mask, text_mask, mode, dtype)
     (i, r, d), (t, w, _) = image_fragments.shape, text_fragments.shape

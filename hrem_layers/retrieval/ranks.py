@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from hrem_layers._checks import describe
+from hrem_layers._core.checks import describe
 
 _FIXED_POINT_ONE = 2**26
 # Rows of the blocks in which the matching pairs are looked for. Such a block is as wide as the texts of

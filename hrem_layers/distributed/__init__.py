@@ -26,7 +26,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from hrem_layers._checks import check_bool_tensor, check_tensor, describe
+from hrem_layers._core.checks import check_bool_tensor, check_tensor, describe
 
 
 class Batch(NamedTuple):

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from hrem_layers._checks import check_bool_tensor, check_choice, check_tensor
+from hrem_layers._core.checks import check_bool_tensor, check_choice, check_tensor
 
 BLOCKS = ("i2i", "i2t", "t2i", "t2t")
 

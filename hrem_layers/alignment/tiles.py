@@ -13,9 +13,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from hrem_layers.alignment.formula import Maxima, PairScores, Scores, activate_, block_backward, block_maxima, pool
+from hrem_layers._core.numerics import compute_dtype
+from hrem_layers.alignment.block import Maxima, PairScores, Scores, activate_, block_backward, block_maxima, pool
 from hrem_layers.alignment.sides import Run, Side, fragments_grad, make_side
-from hrem_layers.masked import compute_dtype
 
 # Similarities of a tile if the caller does not say. CPU: large enough for an efficient product, small enough
 # for the last-level cache. Elsewhere: enough to fill the chip.

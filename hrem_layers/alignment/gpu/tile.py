@@ -1,4 +1,4 @@
-"""What happens on one tile of image-text pairs, in pieces: see :mod:`hrem_layers.alignment.kernel`."""
+"""What happens on one tile of image-text pairs, in pieces: see :mod:`hrem_layers.alignment.gpu.kernel`."""
 
 from __future__ import annotations
 

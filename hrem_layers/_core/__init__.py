@@ -1,0 +1,1 @@
+"""What every room stands on: argument checks, numerics, masked reductions, attention and the transformer layer."""

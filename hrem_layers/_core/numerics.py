@@ -1,0 +1,61 @@
+"""The dtype that things are computed in, norms and cosines: one rule for every part."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which reductions run: float32 for the half types, else the dtype itself."""
+    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
+
+
+def tie_tolerance(dtype: torch.dtype) -> float:
+    """Two values of scale 1 that are computed in ``dtype`` and differ by no more than this count as equal.
+
+    The same product comes out a few ulp apart with another chunk, another batch order or another thread count:
+    what such a difference decides would be decided by chance.
+    """
+    return 8 * torch.finfo(compute_dtype(dtype)).eps
+
+
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """The dtype in which autocast multiplies on ``device``; None where it is off, or unknown as on meta."""
+    if device.type == "meta" or not torch.is_autocast_enabled(device.type):
+        return None
+    return torch.get_autocast_dtype(device.type)
+
+
+def autocast_off(device: torch.device) -> AbstractContextManager[object]:
+    """A context in which ``device`` computes in the dtypes that are given, whatever autocast says outside."""
+    return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
+
+
+def l2_normalize(x: Tensor) -> Tensor:
+    """``x / ‖x‖₂`` over the last dimension, in the dtype of ``x``; the norm is taken in float32 or better.
+
+    A zero vector stays zero and gets a zero gradient. (A norm clamped to a small epsilon instead
+    would hand such a vector the gradient divided by that epsilon.)
+    """
+    wide = x.to(compute_dtype(x.dtype))
+    norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
+    # 1 / norm² appears in the gradient and must not overflow
+    return (wide * safe_reciprocal(norm, torch.finfo(wide.dtype).tiny ** 0.5)).to(x.dtype)
+
+
+def safe_reciprocal(x: Tensor, smallest: float) -> Tensor:
+    """``1 / x`` where ``x > smallest``, elsewhere 0 with zero gradient."""
+    nonzero = x > smallest
+    return torch.where(nonzero, 1 / torch.where(nonzero, x, 1), 0)
+
+
+def cosine_matrix(x: Tensor, y: Tensor) -> Tensor:
+    """Products of normalised rows, x (N, D), y (M, D) -> (N, M), in float32 or better also under autocast.
+
+    A cosine in bfloat16 keeps 8 bits: neighbours tie that do not, and a margin of 0.2 becomes 50 steps.
+    """
+    with autocast_off(x.device):
+        return x.to(compute_dtype(x.dtype)) @ y.to(compute_dtype(y.dtype)).t()

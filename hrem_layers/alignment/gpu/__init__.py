@@ -1,0 +1,1 @@
+"""The fused GPU kernels and what launches them; Triton is imported where they run, and only there."""
