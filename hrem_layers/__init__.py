@@ -4,29 +4,40 @@ In the order in which data flows: :class:`FragmentRelation`, :class:`Association
 :class:`RelationInteraction`, :class:`HREMLoss`, with :class:`NeighborBatchSampler` beside them.
 """
 
-from hrem_layers.alignment import align_fragments
+from hrem_layers._core.exchange import ALONE, Exchange
+from hrem_layers._core.transformer import TransformerLayer
+from hrem_layers.alignment import Scores, align_fragments
 from hrem_layers.fragments import FragmentRelation
 from hrem_layers.graph import AssociationGraph
 from hrem_layers.interaction import RelationInteraction
-from hrem_layers.loss import HREMLoss, HREMTerms
+from hrem_layers.loss import HREMLoss, HREMTerms, Relations
 from hrem_layers.losses import InfoNCELoss, TripletLoss
-from hrem_layers.relations import RelationGraph
+from hrem_layers.relations import Candidates, Cosines, RelationBlock, RelationGraph, pair_cosines
 from hrem_layers.retrieval import RetrievalMetrics, retrieval_metrics
 from hrem_layers.sampler import NeighborBatchSampler
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "ALONE",
     "AssociationGraph",
+    "Candidates",
+    "Cosines",
+    "Exchange",
     "FragmentRelation",
     "HREMLoss",
     "HREMTerms",
     "InfoNCELoss",
     "NeighborBatchSampler",
+    "RelationBlock",
     "RelationGraph",
     "RelationInteraction",
+    "Relations",
     "RetrievalMetrics",
+    "Scores",
+    "TransformerLayer",
     "TripletLoss",
     "align_fragments",
+    "pair_cosines",
     "retrieval_metrics",
 ]

@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 
-from hrem_layers._core.checks import check_bool_tensor, check_int, check_number, check_tensor
+from hrem_layers._core.checks import (
+    check_bool_tensor,
+    check_int,
+    check_number,
+    check_same_device,
+    check_tensor,
+    describe,
+)
 from hrem_layers._core.masked import masked_max_k_mean, masked_mean, zero_padding
-from hrem_layers._core.transformer import TransformerLayer
+from hrem_layers._core.numerics import module_dtype
+from hrem_layers._core.transformer import LayerFactory, TransformerLayer, make_layers
 
 
 class FragmentRelation(nn.Module):
@@ -32,6 +42,15 @@ class FragmentRelation(nn.Module):
         dropout: their dropout probability, in [0, 1).
         beta: β, the share of the max pooling, in [0, 1].
         max_pool_k: k of maxpool_k, at least 1.
+        layer: a function without arguments that makes another layer, called once per layer: a module
+            ``(x (N, R, D), bias (N, 1, R)) -> (N, R, D)``, bias 0 at real fragments and −inf at padding, or None.
+            ``num_heads``, ``ffn_dim`` and ``dropout`` are then not used.
+
+    Example:
+        >>> pool = FragmentRelation(64, num_heads=4)
+        >>> regions, mask = torch.randn(2, 36, 64), torch.arange(36) < torch.tensor([[36], [10]])
+        >>> pool(regions, mask).shape
+        torch.Size([2, 64])
     """
 
     def __init__(
@@ -44,17 +63,20 @@ class FragmentRelation(nn.Module):
         dropout: float = 0.1,
         beta: float = 0.8,
         max_pool_k: int = 2,
+        layer: LayerFactory | None = None,
     ) -> None:
         super().__init__()
         self.embed_dim = check_int("embed_dim", embed_dim, minimum=1)
-        self.num_heads, self.num_layers, self.dropout = num_heads, num_layers, dropout
-        self.ffn_dim = embed_dim if ffn_dim is None else ffn_dim
+        self.num_heads = check_int("num_heads", num_heads, minimum=1)
+        self.num_layers = check_int("num_layers", num_layers, minimum=1)
+        self.ffn_dim = self.embed_dim if ffn_dim is None else check_int("ffn_dim", ffn_dim, minimum=1)
+        self.dropout = check_number("dropout", dropout, minimum=0, below=1)
         self.beta = check_number("beta", beta, minimum=0, maximum=1)
         self.max_pool_k = check_int("max_pool_k", max_pool_k, minimum=1)
-        self.layers = nn.ModuleList(
-            TransformerLayer(embed_dim, num_heads=num_heads, ffn_dim=ffn_dim, dropout=dropout)
-            for _ in range(check_int("num_layers", num_layers, minimum=1))
+        default = partial(
+            TransformerLayer, self.embed_dim, num_heads=self.num_heads, ffn_dim=self.ffn_dim, dropout=self.dropout
         )
+        self.layers = nn.ModuleList(make_layers(layer, self.num_layers, default))
 
     def extra_repr(self) -> str:
         return (
@@ -65,11 +87,12 @@ class FragmentRelation(nn.Module):
     def forward(self, fragments: Tensor, mask: Tensor | None = None) -> Tensor:
         """
         Args:
-            fragments: (N, R, D), floating point; R at least 1.
+            fragments: (N, R, D), R at least 1; float16, bfloat16, float32 or float64, whatever the dtype of the
+                weights, which is what the layers compute in.
             mask: (N, R) bool, True = real; None = all real.
 
         Returns:
-            (N, D), in the dtype of ``fragments`` (under autocast: as autocast decides); not normalised.
+            (N, D), not normalised, in the dtype of ``fragments``.
 
         Raises:
             TypeError, ValueError: an argument has the wrong type, dtype, shape or device.
@@ -77,15 +100,16 @@ class FragmentRelation(nn.Module):
         check_tensor("fragments", fragments, ("N", "R", self.embed_dim))
         n, r, _ = fragments.shape
         if r < 1:
-            raise ValueError(f"fragments must hold at least 1 fragment an item, got shape {tuple(fragments.shape)}")
-        bias = None
+            raise ValueError(f"fragments must hold at least 1 fragment per item, got {describe(fragments)}")
+        check_same_device("fragments", fragments, self)
+        related, bias = fragments.to(module_dtype(self)), None
         if mask is not None:
             check_bool_tensor("mask", mask, (n, r), device=fragments.device)
-            fragments = zero_padding(fragments, mask)
-            bias = torch.zeros_like(mask, dtype=fragments.dtype).masked_fill(~mask, -torch.inf)
-            bias = bias.unsqueeze(1).expand(n, r, r)  # [n, r, r]: every fragment sees the real ones
-        related = fragments
+            fragments, related = zero_padding(fragments, mask), zero_padding(related, mask)
+            # [n, 1, r]: every fragment sees the real ones
+            bias = torch.zeros_like(mask, dtype=related.dtype).masked_fill(~mask, -torch.inf).unsqueeze(1)
         for layer in self.layers:
             related = layer(related, bias)  # [n, r, d]
         pooled = masked_max_k_mean(fragments, mask, self.max_pool_k)  # [n, d]
-        return self.beta * pooled + (1 - self.beta) * masked_mean(related, mask)  # [n, d]
+        mean = masked_mean(related, mask)  # [n, d]
+        return (self.beta * pooled + (1 - self.beta) * mean).to(fragments.dtype)

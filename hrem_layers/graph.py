@@ -1,19 +1,53 @@
-"""The graph over all images and texts of a batch: who is connected, and how relevant (paper, section 3.3)."""
+"""The association graph: who of a batch is connected, and how relevant they are (paper, section 3.3)."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hrem_layers._core.checks import check_bool, check_choice, check_int, check_number, check_tensor
-from hrem_layers._core.numerics import autocast_dtype, compute_dtype, cosine_matrix, l2_normalize
-from hrem_layers.alignment import MODES, align_fragments
-from hrem_layers.alignment.candidates import align_candidates, scatter_rows
-from hrem_layers.distributed import Shares
-from hrem_layers.relations import RelationGraph, check_graph
+from hrem_layers._core.batch import check_embeddings, check_fragments, check_positives, find_positives
+from hrem_layers._core.checks import (
+    check_bool,
+    check_choice,
+    check_int,
+    check_number,
+    check_same_device,
+    check_tensor,
+    said,
+)
+from hrem_layers._core.exchange import ALONE, Exchange
+from hrem_layers._core.numerics import autocast_dtype, compute_dtype, module_dtype
+from hrem_layers.alignment import MODES, Scores, align_fragments
+from hrem_layers.alignment.candidates import align_candidates
+from hrem_layers.relations import (
+    Candidates,
+    Cosines,
+    RelationBlock,
+    RelationGraph,
+    check_graph,
+    distance_relevance,
+    guide_divergence,
+    nearest,
+    nearest_candidates,
+    pair_cosines,
+    scatter_rows,
+    text_count,
+)
+
+Alignment = Callable[[Tensor, Tensor, Tensor | None, Tensor | None, int], Scores]
+"""``(image_fragments, text_fragments, image_mask, text_mask, topk) -> Scores``."""
+
+
+class _Fragments(NamedTuple):
+    """This process's own."""
+
+    images: Tensor
+    texts: Tensor
+    image_mask: Tensor | None
+    text_mask: Tensor | None
 
 
 class _Direction(NamedTuple):
@@ -24,37 +58,50 @@ class _Direction(NamedTuple):
 
 
 class AssociationGraph(nn.Module):
-    r"""Connection A and relevance S among the 2N nodes of a batch, images first.
+    r"""Connection A and relevance S among the nodes of a batch, N images and then M texts.
 
-    - **Connection.** Each row keeps, in each of its two blocks, its :math:`k = \max(1, \lfloor N\rho\rfloor)`
-      nearest nodes (ρ = ``neighbor_ratio``) and all that tie with the k-th: within a modality by the cosine
-      of the embeddings, across modalities by the mean alignment p. No gradient flows through A.
+    - **Connection.** Each row keeps, in each of its two blocks, its :math:`k = \max(1, \lfloor c\rho\rfloor)`
+      nearest of the c nodes there (ρ = ``neighbor_ratio``) and all that tie with the k-th: within a modality by
+      the cosine of the embeddings, across modalities by the mean alignment p. No gradient flows through A.
     - **Relevance within a modality**: :math:`S_{ij} = \exp(-\lVert x_i - x_j\rVert / \sigma)` on
       L2-normalised embeddings.
-    - **Relevance across modalities**: :math:`S = \mathrm{MLP}(q) + p`, an MLP a direction, Linear(topk, topk),
+    - **Relevance across modalities**: :math:`S = \mathrm{MLP}(q) + p`, one MLP per direction, Linear(topk, topk),
       ReLU, Linear(topk, 1). p and q: :func:`hrem_layers.align_fragments`.
 
     How this differs from the paper and the release: the paper squares the distance
-    (``squared_distance=True``) and aligns by the dot product (``alignment="dot"``); the defaults are the
-    release's. Padded fragments are left out (in the release they change p and S), texts with fewer words than
-    ``topk`` work (there they crash), and so does a batch of 1.
+    (``squared_distance=True``) and aligns by the dot product (``alignment="dot"``); the release aligns by
+    ``"scan"``, in which p follows the length of the caption more than the match, and takes the connection within
+    a modality from products across. Padded fragments are left out (in the release they change p and S), texts
+    with fewer words than ``topk`` work (there they crash), and so does a batch of 1.
 
     Args:
         topk: how many alignment values describe a pair, at least 1.
-        neighbor_ratio: ρ, the share of the N nodes of a block to which a node is connected, in (0, 1].
+        neighbor_ratio: ρ, the share of the nodes of a block to which a node is connected, in (0, 1].
         sigma: σ > 0, in units of the distance (of its square with ``squared_distance``).
         squared_distance: use :math:`\lVert x_i - x_j\rVert^2`, as the paper does.
-        alignment: ``"scan"``, ``"cosine"`` or ``"dot"``.
+        alignment: ``"cosine"``, ``"scan"`` (the release), ``"dot"`` (the paper), or a callable
+            ``(image_fragments, text_fragments, image_mask, text_mask, topk) -> Scores`` of your own.
         detach_fragments: no gradient from p and q to the fragments. False costs two more products of all
             words by all regions, in memory that stays bounded.
+        exclude_positives: no edge across the modalities between samples that belong together, whose embeddings
+            would otherwise leak into one another; the k nearest are chosen among the others. The standalone
+            interaction then leaves out edges within a modality that would lead there over a third node.
+            Holds for an interaction of one layer.
         chunk_size: image-text pairs aligned at one time; see :func:`hrem_layers.align_fragments`.
-        candidates: None = p, q and S for all N² pairs. An integer k: across modalities each row (an image and
+        candidates: None = p, q and S for all N·M pairs. An integer k: across modalities each row (an image and
             its texts, a text and its images) has p, q and S only for the k nodes of the other modality whose
-            embeddings have the largest cosine with its own; k ≥ N is the same as None. A pair that is no
-            candidate has no edge and relevance 0; a row has at most k edges across; L_reg compares the two
-            distributions over the row's candidates. No gradient flows through the choice. The cost of the
-            alignment grows as N·k instead of N²; each direction aligns its own candidates, so from k = N/2
-            on None costs less. See docs/scaling.md.
+            embeddings have the largest cosine with its own; k of at least N and M is the same as None. A pair
+            that is no candidate has no edge and relevance 0; a row has at most k edges across; L_reg compares the
+            two distributions over the row's candidates. No gradient flows through the choice. The cost of the
+            alignment grows as N·k instead of N·M; each direction aligns its own candidates, so from k = N/2
+            on None costs less.
+
+    Example:
+        >>> graph = AssociationGraph()
+        >>> v, u = torch.randn(4, 64), torch.randn(4, 64)
+        >>> regions, words = torch.randn(4, 36, 64), torch.randn(4, 12, 64)
+        >>> graph(v, u, regions, words).connection.shape
+        torch.Size([8, 8])
     """
 
     def __init__(
@@ -64,8 +111,9 @@ class AssociationGraph(nn.Module):
         neighbor_ratio: float = 0.5,
         sigma: float = 1.0,
         squared_distance: bool = False,
-        alignment: str = "scan",
+        alignment: str | Alignment = "cosine",
         detach_fragments: bool = True,
+        exclude_positives: bool = False,
         chunk_size: int | None = None,
         candidates: int | None = None,
     ) -> None:
@@ -74,19 +122,23 @@ class AssociationGraph(nn.Module):
         self.neighbor_ratio = check_number("neighbor_ratio", neighbor_ratio, above=0, maximum=1)
         self.sigma = check_number("sigma", sigma, above=0)
         self.squared_distance = check_bool("squared_distance", squared_distance)
-        self.alignment = check_choice("alignment", alignment, MODES)
+        own = callable(alignment) and not isinstance(alignment, type)
+        self.alignment = alignment if own else check_choice("alignment", alignment, MODES)
         self.detach_fragments = check_bool("detach_fragments", detach_fragments)
+        self.exclude_positives = check_bool("exclude_positives", exclude_positives)
         self.chunk_size = None if chunk_size is None else check_int("chunk_size", chunk_size, minimum=1)
         self.candidates = None if candidates is None else check_int("candidates", candidates, minimum=1)
-        self.mlp_i2t = _relevance_mlp(topk)
-        self.mlp_t2i = _relevance_mlp(topk)
+        if own and self.candidates is not None:
+            raise ValueError("candidates must be None with an alignment of your own, which aligns all pairs")
+        self.mlp_i2t = _relevance_mlp(self.topk)
+        self.mlp_t2i = _relevance_mlp(self.topk)
 
     def extra_repr(self) -> str:
         return (
             f"topk={self.topk}, neighbor_ratio={self.neighbor_ratio}, sigma={self.sigma}, "
             f"squared_distance={self.squared_distance}, alignment={self.alignment!r}, "
-            f"detach_fragments={self.detach_fragments}, chunk_size={self.chunk_size}, "
-            f"candidates={self.candidates}"
+            f"detach_fragments={self.detach_fragments}, exclude_positives={self.exclude_positives}, "
+            f"chunk_size={self.chunk_size}, candidates={self.candidates}"
         )
 
     def forward(
@@ -98,68 +150,69 @@ class AssociationGraph(nn.Module):
         image_mask: Tensor | None = None,
         text_mask: Tensor | None = None,
         *,
-        shares: Shares | None = None,
+        image_index: Tensor | None = None,
+        positives: Tensor | None = None,
+        cosines: Cosines | None = None,
+        exchange: Exchange = ALONE,
     ) -> RelationGraph:
         """
         Args:
-            image_embedding, text_embedding: (N, D); row i of both belongs together. Normalised here.
+            image_embedding: (N, D), of any length: normalised here.
+            text_embedding: (M, D) likewise.
             image_fragments: (N, R, F) regions, R at least 1.
-            text_fragments: (N, W, F) words, W at least 1.
+            text_fragments: (M, W, F) words, W at least 1.
             image_mask: (N, R) bool, True = real; None = all real.
-            text_mask: (N, W) likewise.
-            shares: for HREMLoss under ``torch.distributed``: the embeddings are those of all processes,
-                fragments and masks those of this one, and the alignment is shared among the processes.
+            text_mask: (M, W) likewise.
+            image_index: (M,) integer in [0, N), the image that each text describes; None = M is N, row by row.
+            positives: (N, M) bool, which pairs belong together, for ``exclude_positives``; None = as
+                ``image_index`` says.
+            cosines: those of the embeddings (:func:`hrem_layers.pair_cosines`), if the caller has them already.
+            exchange: of several processes. The embeddings are then those of all, fragments and masks those of this
+                one, and the alignment is shared among the processes.
 
         Returns:
-            RelationGraph of connection (2N, 2N) bool and relevance (2N, 2N) in the dtype of the embeddings
-            (under autocast float32).
+            RelationGraph of connection (N + M, N + M) bool and relevance (N + M, N + M) in the dtype of
+            ``image_embedding`` (float32 under autocast).
 
         Raises:
             TypeError, ValueError: an argument has the wrong type, dtype, shape or device.
         """
-        check_tensor("image_embedding", image_embedding, ("N", "D"))
-        n, d = image_embedding.shape
-        device = image_embedding.device
-        check_tensor("text_embedding", text_embedding, (n, d), device=device)
-        own = n if shares is None else shares.sizes[shares.rank]
-        check_tensor("image_fragments", image_fragments, (own, "R", "F"), device=device)
-        check_tensor("text_fragments", text_fragments, (own, "W", image_fragments.shape[2]), device=device)
-        if n < 1:
-            raise ValueError("image_embedding must hold at least 1 item, got an empty batch")
+        check_embeddings(image_embedding, text_embedding, image_index, "D", empty=False)
+        n, m, device = image_embedding.shape[0], text_embedding.shape[0], image_embedding.device
+        own = [exchange.own(side, count) for side, count in (("image", n), ("text", m))]
+        n_own, m_own = (rows.stop - rows.start for rows in own)
+        check_fragments("image", image_fragments, image_mask, n_own, "F", device)
+        check_fragments("text", text_fragments, text_mask, m_own, image_fragments.shape[2], device)
+        check_positives(positives, n, m, device)
+        check_same_device("image_embedding", image_embedding, self)
 
         if self.detach_fragments:
             image_fragments, text_fragments = image_fragments.detach(), text_fragments.detach()
-        images, texts = (_normalize_wide(x) for x in (image_embedding, text_embedding))
-        fragments = image_fragments, text_fragments, image_mask, text_mask
-        k = _neighbors(n, self.neighbor_ratio)
-        if self.candidates is None or self.candidates >= n:
-            i2t, t2i = self._all_pairs(*fragments) if shares is None else self._all_pairs_shared(*fragments, shares)
-            edges_i2t, edges_t2i = nearest(i2t.mean, k), nearest(t2i.mean, k)
-            relevance_i2t, relevance_t2i = i2t.relevance, t2i.relevance
-        else:
-            index = _candidate_index(images, texts, self.candidates)
-            edges_k = min(k, self.candidates)
-            (edges_i2t, relevance_i2t), (edges_t2i, relevance_t2i) = (
-                (scatter_rows(nearest(x.mean, edges_k), where), scatter_rows(x.relevance, where))
-                for x, where in zip(self._candidate_pairs(*fragments, index, shares), index, strict=True)
-            )
-        connection = torch.cat(
-            [
-                torch.cat([nearest(cosine_matrix(images, images), k), edges_i2t], dim=1),
-                torch.cat([edges_t2i, nearest(cosine_matrix(texts, texts), k)], dim=1),
-            ]
-        )  # [2n, 2n]
-        relevance = torch.cat(
-            [
-                torch.cat([self._within(images), relevance_i2t], dim=1),
-                torch.cat([relevance_t2i, self._within(texts)], dim=1),
-            ]
-        )  # [2n, 2n]
+        fragments = _Fragments(image_fragments, text_fragments, image_mask, text_mask)
+        if cosines is None:
+            cosines = pair_cosines(image_embedding, text_embedding)
+        excluded = find_positives(n, None, image_index, positives, device) if self.exclude_positives else None
+        wide = compute_dtype(image_embedding.dtype)
+        i2t, t2i, candidates = self._across(fragments, cosines, excluded, exchange)
+        connection = _assemble(
+            nearest(cosines.images.to(wide), self._neighbors(n)), i2t.connection,
+            t2i.connection, nearest(cosines.texts.to(wide), self._neighbors(m)),
+        )  # fmt: skip
+        relevance = _assemble(
+            self._within(cosines.images, wide), i2t.relevance, t2i.relevance, self._within(cosines.texts, wide)
+        )
         if autocast_dtype(device) is None:
             relevance = relevance.to(image_embedding.dtype)
-        return RelationGraph(connection, relevance)
+        return RelationGraph(connection, relevance, n, candidates, excluded)
 
-    def regularization(self, graph: RelationGraph, image_embedding: Tensor, text_embedding: Tensor) -> Tensor:
+    def regularization(
+        self,
+        graph: RelationGraph,
+        image_embedding: Tensor,
+        text_embedding: Tensor,
+        *,
+        cosines: Cosines | None = None,
+    ) -> Tensor:
         r"""L_reg, which keeps the learned cross-modal relevance near the geometry of the embeddings.
 
         .. math::
@@ -167,150 +220,126 @@ class AssociationGraph(nn.Module):
             \mathrm{KL}(\mathrm{softmax}(S_{TI}) \,\|\, \mathrm{softmax}(G^\top)),
             \quad G_{ij} = \exp(-\lVert v_i - u_j\rVert / \sigma)
 
-        softmax over each row, mean over rows; G on normalised embeddings, without gradient. A scalar in
-        float32 or better.
+        softmax over each row (over its candidates, if the graph has some), mean over rows; G on normalised
+        embeddings, without gradient. With ``detach_fragments`` it reaches the two MLPs alone.
+
+        Args:
+            graph: over these N images and M texts.
+            image_embedding: (N, D), of any length.
+            text_embedding: (M, D) likewise.
+            cosines: those of the embeddings, if the caller has them already.
+
+        Returns:
+            A scalar, float32 or better.
 
         Raises:
             TypeError, ValueError: an argument has the wrong type, dtype, shape or device.
         """
         check_tensor("image_embedding", image_embedding, ("N", "D"))
         n, d = image_embedding.shape
-        check_tensor("text_embedding", text_embedding, (n, d), device=image_embedding.device)
-        check_graph(graph, 2 * n, image_embedding.device)
-        images, texts = (_normalize_wide(x.detach()) for x in (image_embedding, text_embedding))
-        guide = distance_relevance(images, texts, self.sigma, squared=self.squared_distance)
-        learned = graph.relevance.to(guide.dtype)
-        i2t, t2i, guide_i2t, guide_t2i = learned[:n, n:], learned[n:, :n], guide, guide.t()
-        if self.candidates is not None and self.candidates < n:
-            index_i2t, index_t2i = _candidate_index(images, texts, self.candidates)  # the same as in forward
-            i2t, guide_i2t = i2t.gather(1, index_i2t), guide_i2t.gather(1, index_i2t)
-            t2i, guide_t2i = t2i.gather(1, index_t2i), guide_t2i.gather(1, index_t2i)
-        return _row_kl(i2t, guide_i2t) + _row_kl(t2i, guide_t2i)
+        check_tensor("text_embedding", text_embedding, (text_count(graph, n), d), device=image_embedding.device)
+        check_graph(graph, n, text_embedding.shape[0], image_embedding.device)
+        if cosines is None:
+            cosines = pair_cosines(image_embedding.detach(), text_embedding.detach())
+        wide = compute_dtype(image_embedding.dtype)
+        return guide_divergence(graph, cosines.across, self.sigma, squared=self.squared_distance, dtype=wide)
 
-    def _all_pairs(
-        self, images: Tensor, texts: Tensor, image_mask: Tensor | None, text_mask: Tensor | None
-    ) -> tuple[_Direction, _Direction]:
-        """Fragments (I, R, F) and (T, W, F) -> p and S, (I, T) and (T, I)."""
-        aligned = align_fragments(
-            images, texts, image_mask, text_mask,
-            topk=self.topk, mode=self.alignment, chunk_size=self.chunk_size,
-        )  # fmt: skip
-        return (
-            _Direction(aligned.mean_i2t, _across(self.mlp_i2t, aligned.top_i2t, aligned.mean_i2t)),
-            _Direction(aligned.mean_t2i, _across(self.mlp_t2i, aligned.top_t2i, aligned.mean_t2i)),
-        )
+    def _across(
+        self, fragments: _Fragments, cosines: Cosines, excluded: Tensor | None, exchange: Exchange
+    ) -> tuple[RelationBlock, RelationBlock, Candidates | None]:
+        """Edges and relevance of both directions, (N, M) and (M, N), and the candidates that they were taken from."""
+        n, m = cosines.across.shape
+        allowed = None if excluded is None else ~excluded
+        back = None if allowed is None else allowed.t()
+        scale = 1.0 if self.alignment in ("cosine", "scan") else None
+        k_i2t, k_t2i = self._neighbors(m), self._neighbors(n)
+        if self.candidates is None or self.candidates >= max(n, m):
+            i2t, t2i = self._all_pairs(fragments, exchange)
+            return (
+                RelationBlock(nearest(i2t.mean, k_i2t, scale=scale, allowed=allowed), i2t.relevance),
+                RelationBlock(nearest(t2i.mean, k_t2i, scale=scale, allowed=back), t2i.relevance),
+                None,
+            )
+        index = nearest_candidates(cosines.across.to(compute_dtype(fragments.images.dtype)), self.candidates)
+        i2t, t2i = self._candidate_pairs(fragments, index, exchange)
 
-    def _all_pairs_shared(
-        self, images: Tensor, texts: Tensor, image_mask: Tensor | None, text_mask: Tensor | None, shares: Shares
-    ) -> tuple[_Direction, _Direction]:
-        """The same over all processes: each aligns its texts with all images (or its images with all texts,
-        if those are the narrower ones to send), and p and S are put together. q stays where it was made."""
-        texts_stay = shares.image_width <= shares.text_width
-        if texts_stay:
-            images, image_mask = shares.gather_images(images, image_mask)
+        def spread(found: _Direction, where: Tensor, k: int, columns: int, allowed: Tensor | None) -> RelationBlock:
+            here = None if allowed is None else allowed.gather(1, where)
+            edges = nearest(found.mean, min(k, where.shape[1]), scale=scale, allowed=here)
+            return RelationBlock(scatter_rows(edges, where, columns), scatter_rows(found.relevance, where, columns))
+
+        return spread(i2t, index.i2t, k_i2t, m, allowed), spread(t2i, index.t2i, k_t2i, n, back), index
+
+    def _all_pairs(self, fragments: _Fragments, exchange: Exchange) -> tuple[_Direction, _Direction]:
+        """p and S of all pairs. Each process aligns its own texts with all images (or its images with all texts,
+        if those are the cheaper ones to send), and p and S are put together; q stays where it was made."""
+        images, texts, image_mask, text_mask = fragments
+        if exchange.travels == "image":
+            images, image_mask = exchange.gather_fragments("image", images, image_mask)
         else:
-            texts, text_mask = shares.gather_texts(texts, text_mask)
-        i2t, t2i = self._all_pairs(images, texts, image_mask, text_mask)
+            texts, text_mask = exchange.gather_fragments("text", texts, text_mask)
+        aligned = self._align(images, texts, image_mask, text_mask)
+        means = exchange.gather_pairs(aligned.mean_i2t.detach(), aligned.mean_t2i.detach())  # for the connection
+        relevances = exchange.gather_pairs(
+            _relevance(self.mlp_i2t, aligned.top_i2t, aligned.mean_i2t),
+            _relevance(self.mlp_t2i, aligned.top_t2i, aligned.mean_t2i),
+        )
+        return _Direction(means[0], relevances[0]), _Direction(means[1], relevances[1])
 
-        def put_together(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-            stacked = torch.stack([x.t(), y] if texts_stay else [x, y.t()], dim=1)  # [own, 2, N]
-            x, y = shares.gather_results(stacked).unbind(1)  # [N, N] each
-            return (x.t(), y) if texts_stay else (x, y.t())
-
-        means = put_together(i2t.mean.detach(), t2i.mean.detach())  # only for the connection
-        relevances = put_together(i2t.relevance, t2i.relevance)
-        return tuple(_Direction(*both) for both in zip(means, relevances, strict=True))  # type: ignore[return-value]
-
-    def _candidate_pairs(
-        self,
-        images: Tensor,
-        texts: Tensor,
-        image_mask: Tensor | None,
-        text_mask: Tensor | None,
-        index: tuple[Tensor, Tensor],
-        shares: Shares | None,
-    ) -> tuple[_Direction, _Direction]:
-        """p and S of every row's candidates, (N, k) each; over several processes each does its own rows."""
-        index_i2t, index_t2i = index
-        all_images, all_texts = (images, image_mask), (texts, text_mask)
-        if shares is not None:
-            index_i2t, index_t2i = index_i2t[shares.own], index_t2i[shares.own]
-            all_images, all_texts = shares.gather_images(*all_images), shares.gather_texts(*all_texts)
-
-        def align(rows: Tensor, mask: Tensor | None, others: tuple, where: Tensor, mlp: nn.Module) -> _Direction:
-            mean, top = align_candidates(
-                rows, others[0], mask, others[1], where,
+    def _align(self, images: Tensor, texts: Tensor, image_mask: Tensor | None, text_mask: Tensor | None) -> Scores:
+        if isinstance(self.alignment, str):
+            return align_fragments(
+                images, texts, image_mask, text_mask,
                 topk=self.topk, mode=self.alignment, chunk_size=self.chunk_size,
             )  # fmt: skip
-            relevance = _across(mlp, top, mean)
-            if shares is None:
-                return _Direction(mean, relevance)
-            return _Direction(shares.gather_results(mean.detach()), shares.gather_results(relevance))
+        scores = self.alignment(images, texts, image_mask, text_mask, self.topk)
+        if not isinstance(scores, Scores):
+            raise TypeError(f"alignment must return hrem_layers.Scores, got {said(scores)}")
+        n, m = images.shape[0], texts.shape[0]
+        shapes = (n, m), (m, n), (n, m, self.topk), (m, n, self.topk)
+        for name, x, shape in zip(Scores._fields, scores, shapes, strict=True):
+            check_tensor(f"what alignment returns as {name}", x, shape, device=images.device)
+        return scores
+
+    def _candidate_pairs(
+        self, fragments: _Fragments, index: Candidates, exchange: Exchange
+    ) -> tuple[_Direction, _Direction]:
+        """p and S of every row's candidates, (N, k) and (M, k); each process does its own rows."""
+        images, texts, image_mask, text_mask = fragments
+        mode = check_choice("alignment", self.alignment, MODES)
+
+        def align(side: str, rows: Tensor, mask: Tensor | None, where: Tensor, mlp: nn.Module) -> _Direction:
+            given = (texts, text_mask) if side == "image" else (images, image_mask)
+            others, others_mask = exchange.gather_fragments("text" if side == "image" else "image", *given)
+            mean, top = align_candidates(
+                rows, others, mask, others_mask, where[exchange.own(side, where.shape[0])],
+                topk=self.topk, mode=mode, chunk_size=self.chunk_size,
+            )  # fmt: skip
+            relevance = _relevance(mlp, top, mean)
+            return _Direction(exchange.gather_rows(side, mean.detach()), exchange.gather_rows(side, relevance))
 
         return (
-            align(images, image_mask, all_texts, index_i2t, self.mlp_i2t),
-            align(texts, text_mask, all_images, index_t2i, self.mlp_t2i),
+            align("image", images, image_mask, index.i2t, self.mlp_i2t),
+            align("text", texts, text_mask, index.t2i, self.mlp_t2i),
         )
 
-    def _within(self, x: Tensor) -> Tensor:
-        return distance_relevance(x, x, self.sigma, squared=self.squared_distance)
+    def _within(self, cosine: Tensor, dtype: torch.dtype) -> Tensor:
+        return distance_relevance(cosine, self.sigma, squared=self.squared_distance, dtype=dtype)
+
+    def _neighbors(self, count: int) -> int:
+        return max(1, int(count * self.neighbor_ratio))
 
 
-def nearest(similarity: Tensor, k: int) -> Tensor:
-    """Per row of ``similarity`` (N, M), True at the ``k`` largest values and at all that tie with the k-th."""
-    similarity = similarity.detach()
-    threshold = similarity.topk(k, dim=1).values[:, -1:]  # [n, 1]
-    return similarity >= threshold
-
-
-def distance_relevance(x: Tensor, y: Tensor, sigma: float, *, squared: bool) -> Tensor:
-    """``exp(−‖x_i − y_j‖ / sigma)``, or with the squared norm, for normalised x (N, D), y (M, D) -> (N, M).
-
-    The gradient at distance 0 is 0.
-    """
-    if x.device.type == "cpu":
-        distance = _distance_by_product(x, y)
-    else:  # float64 may be slow there, or missing
-        distance = torch.cdist(x, y, compute_mode="donot_use_mm_for_euclid_dist")
-    return torch.exp(-(distance.square() if squared else distance) / sigma)  # [n, m]
-
-
-def _distance_by_product(x: Tensor, y: Tensor) -> Tensor:
-    """``‖x_i − y_j‖`` for normalised x (N, D), y (M, D) -> (N, M), by a matrix product in float64.
-
-    In float32, ‖x‖² + ‖y‖² − 2xy of two equal rows rounds to a distance of 5e-4 instead of 0. In float64 its
-    rounding error is below (1e-7)², the last bit of a float32 distance of 1: what is nearer counts as equal. Taking
-    differences, as cdist does, is as exact and on a CPU five times slower.
-    """
-    a, b = x.double(), y.double()
-    square = a.square().sum(dim=1, keepdim=True) + b.square().sum(dim=1) - 2 * cosine_matrix(a, b)
-    equal = square < 1e-14
-    return square.masked_fill(equal, 1).sqrt().masked_fill(equal, 0).to(x.dtype)
-
-
-def _candidate_index(images: Tensor, texts: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Per image the ``k`` texts, per text the ``k`` images of largest cosine: (N, k) each, no gradient."""
-    cosine = cosine_matrix(images.detach(), texts.detach())
-    return cosine.topk(k, dim=1).indices, cosine.t().topk(k, dim=1).indices
+def _assemble(i2i: Tensor, i2t: Tensor, t2i: Tensor, t2t: Tensor) -> Tensor:
+    return torch.cat([torch.cat([i2i, i2t], dim=1), torch.cat([t2i, t2t], dim=1)])
 
 
 def _relevance_mlp(topk: int) -> nn.Sequential:
     return nn.Sequential(nn.Linear(topk, topk), nn.ReLU(), nn.Linear(topk, 1))
 
 
-def _across(mlp: nn.Module, top: Tensor, mean: Tensor) -> Tensor:
+def _relevance(mlp: nn.Module, top: Tensor, mean: Tensor) -> Tensor:
     """MLP(q) + p: top (N, M, topk), mean (N, M) -> (N, M), in the dtype of ``mean``."""
-    q = top.to(mlp[0].weight.dtype)  # p and q are float32 also when the module is half
-    return mlp(q).squeeze(-1).to(mean.dtype) + mean
-
-
-def _neighbors(n: int, ratio: float) -> int:
-    return max(1, int(n * ratio))
-
-
-def _normalize_wide(x: Tensor) -> Tensor:
-    return l2_normalize(x.to(compute_dtype(x.dtype)))
-
-
-def _row_kl(logits: Tensor, guide: Tensor) -> Tensor:
-    return F.kl_div(guide.log_softmax(dim=1), logits.log_softmax(dim=1), reduction="batchmean", log_target=True)
+    q = top.to(module_dtype(mlp))  # p and q are float32 also when the module is half
+    learned: Tensor = mlp(q)
+    return learned.squeeze(-1).to(mean.dtype) + mean

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 
-from hrem_layers._core.checks import check_choice, check_int, check_number, check_tensor
-from hrem_layers._core.numerics import l2_normalize
-from hrem_layers._core.transformer import TransformerLayer
-from hrem_layers.relations import RelationGraph, check_graph
+from hrem_layers._core.checks import check_bool, check_choice, check_int, check_number, check_same_device, check_tensor
+from hrem_layers._core.numerics import l2_normalize, module_dtype
+from hrem_layers._core.transformer import LayerFactory, TransformerLayer, make_layers
+from hrem_layers.relations import BLOCKS, RelationBlock, RelationGraph, check_graph, text_count
 
 MECHANISMS = ("fusion", "standalone")
+_STEPS = ("i2t", "t2i", "i2i", "t2t")
 
 
 class RelationInteraction(nn.Module):
@@ -20,14 +23,15 @@ class RelationInteraction(nn.Module):
 
     with the same bias in every head (λ = ``relation_weight``).
 
-    - ``"fusion"``: one self-attention transformer over the 2N nodes.
+    - ``"fusion"``: one self-attention transformer over all nodes.
     - ``"standalone"``: each layer is first cross-attention (images query texts with A and S of I→T, texts
       query images with those of T→I, both from the same values), then self-attention within each modality
       (I→I, T→T). The four have weights of their own; each step has its residual, norm and feed-forward.
 
     The input is L2-normalised first. A node without any edge in a step keeps its value through the residual
     (in the release the softmax of nothing is NaN, and λ = 0 gives 0 · (−inf) = NaN). The standalone
-    mechanism is described in the paper and missing from the release.
+    mechanism is described in the paper and missing from the release. How many images and texts there are, the
+    graph says: N and M may differ.
 
     Args:
         embed_dim: D; a multiple of ``num_heads``.
@@ -37,6 +41,19 @@ class RelationInteraction(nn.Module):
         ffn_dim: width of the feed-forward layers; None = ``embed_dim``.
         dropout: dropout probability, in [0, 1).
         relation_weight: λ, any finite number; 0 attends on edges without regard to relevance.
+        residual: give ``v + x / ‖x‖`` of the normalised embedding v and what the layers make of it, x; False = x alone,
+            as the release does. Without it all x can become one vector within a few steps of a large learning rate,
+            at a loss of twice the margin and without a gradient that leads back (docs/method.md).
+        layer: a function without arguments that makes another layer, called once per layer (standalone: four times):
+            a module ``(x (n, D), bias (n, m), context (m, D) or None) -> (n, D)``, bias −inf where there is no edge.
+            ``num_heads``, ``ffn_dim`` and ``dropout`` are then not used.
+
+    Example:
+        >>> v, u = torch.randn(4, 64), torch.randn(4, 64)
+        >>> graph = AssociationGraph()(v, u, torch.randn(4, 36, 64), torch.randn(4, 12, 64))
+        >>> image_enhanced, text_enhanced = RelationInteraction(64, num_heads=4)(v, u, graph)
+        >>> image_enhanced.shape
+        torch.Size([4, 64])
     """
 
     def __init__(
@@ -49,66 +66,93 @@ class RelationInteraction(nn.Module):
         ffn_dim: int | None = None,
         dropout: float = 0.1,
         relation_weight: float = 1.0,
+        residual: bool = True,
+        layer: LayerFactory | None = None,
     ) -> None:
         super().__init__()
         self.embed_dim = check_int("embed_dim", embed_dim, minimum=1)
         self.mechanism = check_choice("mechanism", mechanism, MECHANISMS)
-        self.num_heads, self.num_layers, self.dropout = num_heads, num_layers, dropout
-        self.ffn_dim = embed_dim if ffn_dim is None else ffn_dim
+        self.num_heads = check_int("num_heads", num_heads, minimum=1)
+        self.num_layers = check_int("num_layers", num_layers, minimum=1)
+        self.ffn_dim = self.embed_dim if ffn_dim is None else check_int("ffn_dim", ffn_dim, minimum=1)
+        self.dropout = check_number("dropout", dropout, minimum=0, below=1)
         self.relation_weight = check_number("relation_weight", relation_weight)
-        check_int("num_layers", num_layers, minimum=1)
-        options = {"num_heads": num_heads, "ffn_dim": ffn_dim, "dropout": dropout}
-
-        def layer() -> TransformerLayer:
-            return TransformerLayer(embed_dim, **options)
-
-        if mechanism == "fusion":
-            self.layers = nn.ModuleList(layer() for _ in range(num_layers))
+        self.residual = check_bool("residual", residual)
+        default = partial(
+            TransformerLayer, self.embed_dim, num_heads=self.num_heads, ffn_dim=self.ffn_dim, dropout=self.dropout
+        )
+        if self.mechanism == "fusion":
+            self.layers = nn.ModuleList(make_layers(layer, self.num_layers, default))
         else:
-            steps = ("i2t", "t2i", "i2i", "t2t")
-            self.layers = nn.ModuleList(nn.ModuleDict({step: layer() for step in steps}) for _ in range(num_layers))
+            made = make_layers(layer, self.num_layers * len(_STEPS), default)
+            self.layers = nn.ModuleList(
+                nn.ModuleDict(dict(zip(_STEPS, made[start : start + len(_STEPS)], strict=True)))
+                for start in range(0, len(made), len(_STEPS))
+            )
 
     def extra_repr(self) -> str:
         return (
             f"{self.embed_dim}, mechanism={self.mechanism!r}, num_heads={self.num_heads}, "
             f"num_layers={self.num_layers}, ffn_dim={self.ffn_dim}, dropout={self.dropout}, "
-            f"relation_weight={self.relation_weight}"
+            f"relation_weight={self.relation_weight}, residual={self.residual}"
         )
 
     def forward(self, image_embedding: Tensor, text_embedding: Tensor, graph: RelationGraph) -> tuple[Tensor, Tensor]:
         """
         Args:
-            image_embedding, text_embedding: (N, D). Normalised here.
-            graph: over their 2N nodes, images first.
+            image_embedding: (N, D), of any length: normalised here. Any of float16, bfloat16, float32 and float64,
+                whatever the dtype of the weights, which is what the layers compute in.
+            text_embedding: (M, D) likewise.
+            graph: over their N + M nodes, images first.
 
         Returns:
-            image_enhanced, text_enhanced: (N, D) each, not normalised.
+            image_enhanced (N, D) and text_enhanced (M, D), not normalised, in the dtype of each embedding.
 
         Raises:
             TypeError, ValueError: an argument has the wrong type, dtype, shape or device.
         """
         check_tensor("image_embedding", image_embedding, ("N", self.embed_dim))
-        n = image_embedding.shape[0]
-        check_tensor("text_embedding", text_embedding, (n, self.embed_dim), device=image_embedding.device)
-        check_graph(graph, 2 * n, image_embedding.device)
+        device = image_embedding.device
+        m = text_count(graph, image_embedding.shape[0])
+        check_tensor("text_embedding", text_embedding, (m, self.embed_dim), device=device)
+        check_graph(graph, image_embedding.shape[0], text_embedding.shape[0], device)
+        check_same_device("image_embedding", image_embedding, self)
 
-        images, texts = l2_normalize(image_embedding), l2_normalize(text_embedding)
-        return (self._fusion if self.mechanism == "fusion" else self._standalone)(images, texts, graph)
+        dtype = module_dtype(self)
+        images, texts = (l2_normalize(x) for x in (image_embedding, text_embedding))
+        related = (self._fusion if self.mechanism == "fusion" else self._standalone)(
+            images.to(dtype), texts.to(dtype), graph
+        )
+        return self._result(images, related[0]), self._result(texts, related[1])
+
+    def _result(self, plain: Tensor, related: Tensor) -> Tensor:
+        related = related.to(plain.dtype)
+        return plain + l2_normalize(related) if self.residual else related
 
     def _fusion(self, images: Tensor, texts: Tensor, graph: RelationGraph) -> tuple[Tensor, Tensor]:
-        nodes = torch.cat([images, texts])  # [2n, d]
-        bias = graph.attention_bias(self.relation_weight)  # [2n, 2n]
+        nodes = torch.cat([images, texts])  # [n + m, d]
+        bias = graph.attention_bias(self.relation_weight)  # [n + m, n + m]
         for layer in self.layers:
             nodes = layer(nodes, bias)
         n = images.shape[0]
         return nodes[:n], nodes[n:]
 
     def _standalone(self, images: Tensor, texts: Tensor, graph: RelationGraph) -> tuple[Tensor, Tensor]:
-        weight = self.relation_weight
-        i2t, t2i, i2i, t2t = (
-            graph.block(name).attention_bias(weight) for name in ("i2t", "t2i", "i2i", "t2t")
-        )  # [n, n] each
-        for layer in self.layers:
-            images, texts = layer["i2t"](images, i2t, context=texts), layer["t2i"](texts, t2i, context=images)
-            images, texts = layer["i2i"](images, i2i), layer["t2t"](texts, t2t)
+        blocks = {name: graph.block(name) for name in BLOCKS}
+        if graph.excluded is not None:
+            blocks["i2i"] = _without_detours(blocks["i2i"], blocks["i2t"], graph.excluded)
+            blocks["t2t"] = _without_detours(blocks["t2t"], blocks["t2i"], graph.excluded.t())
+        bias = {name: block.attention_bias(self.relation_weight) for name, block in blocks.items()}
+        for steps in self.layers:
+            images, texts = (
+                steps["i2t"](images, bias["i2t"], texts),
+                steps["t2i"](texts, bias["t2i"], images),
+            )
+            images, texts = steps["i2i"](images, bias["i2i"]), steps["t2t"](texts, bias["t2t"])
         return images, texts
+
+
+def _without_detours(within: RelationBlock, across: RelationBlock, excluded: Tensor) -> RelationBlock:
+    """``within`` (N, N) without its edges to rows that have just attended, ``across`` (N, M), to what is excluded."""
+    detours = excluded.float() @ across.connection.float().t()  # [n, n]: over how many excluded nodes
+    return within._replace(connection=within.connection & (detours == 0))

@@ -2,31 +2,38 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from hrem_layers._core.checks import check_bool, check_int, check_number, check_tensor, describe
-from hrem_layers._core.numerics import cosine_matrix, l2_normalize
-from hrem_layers.distributed import (
-    Batch,
-    Shares,
-    agree,
-    check_own_batch,
-    gather_batch,
-    is_distributed,
-    one_random_stream,
+from hrem_layers._core.batch import Batch, check_batch, find_positives
+from hrem_layers._core.checks import (
+    check_bool,
+    check_int,
+    check_number,
+    check_same_device,
+    check_tensor,
+    describe,
+    said,
 )
+from hrem_layers._core.exchange import ALONE, Exchange
+from hrem_layers._core.numerics import compute_dtype, cosine_matrix, l2_normalize
+from hrem_layers._core.warmup import CallCounter, count_call, recomputing
+from hrem_layers.distributed import agree, gather_embeddings, is_distributed, one_random_stream
 from hrem_layers.graph import AssociationGraph
 from hrem_layers.interaction import RelationInteraction
 from hrem_layers.losses import TripletLoss
+from hrem_layers.relations import Cosines, RelationGraph, check_graph, pair_cosines
+
+_Result = TypeVar("_Result")
+PairLoss = Callable[[Tensor, Tensor], Tensor]
+"""``(similarity (N, M), positives (N, M) bool) -> scalar``."""
 
 
 class HREMTerms(NamedTuple):
-    """Scalars for logging, unweighted but for ``total``, which is what is trained."""
+    """Scalars for logging, unweighted but for ``total``, which is what is trained; 0 where not computed."""
 
     total: Tensor
     base: Tensor
@@ -41,6 +48,16 @@ class HREMTerms(NamedTuple):
     """L_reg of the graph."""
 
 
+class Relations(NamedTuple):
+    """What :meth:`HREMLoss.relate` gives."""
+
+    graph: RelationGraph
+    image_enhanced: Tensor
+    """v̄ (N, D), L2-normalised."""
+    text_enhanced: Tensor
+    """ū (M, D), L2-normalised."""
+
+
 class HREMLoss(nn.Module):
     r"""Teaches two encoders through the relations among the samples of a batch.
 
@@ -51,23 +68,36 @@ class HREMLoss(nn.Module):
     loss on cosines. The relation modules are needed in training only; they live in this module, so give
     its parameters to the optimizer and its ``state_dict`` to the checkpoint.
 
+    A term whose weight is 0 is not computed, nor are the relations if no term needs them. Embeddings may come in
+    any of float16, bfloat16, float32 and float64: cosines and losses are computed in float32 or better.
+
     Args:
         embed_dim: D.
-        graph: module ``(image_embedding, text_embedding, image_fragments, text_fragments, image_mask,
-            text_mask) -> RelationGraph`` with a method ``regularization``; None = ``AssociationGraph()``.
+        graph: module ``(image_embedding, text_embedding, image_fragments, text_fragments, image_mask, text_mask, *,
+            image_index, positives, cosines, exchange) -> RelationGraph`` (take ``**_`` for what it has no use for)
+            and, unless ``regularization_weight`` is 0, with a method ``regularization`` as that of
+            :class:`AssociationGraph`; None = ``AssociationGraph()``.
         interaction: module ``(image_embedding, text_embedding, graph) -> (v̄, ū)``; None =
             ``RelationInteraction(embed_dim)``.
-        pair_loss: callable ``(similarity, positives) -> scalar``, similarity (N, N) of cosines, positives
-            (N, N) bool; None = ``TripletLoss()``. A module's parameters are trained along.
+        pair_loss: callable ``(similarity, positives) -> scalar``, similarity (N, M) of cosines, positives
+            (N, M) bool; None = ``TripletLoss()``. A module's parameters are trained along.
+        enhanced_pair_loss: another for L(v̄, ū); None = ``pair_loss``.
+        cross_pair_loss: another for L(v̄, u) and L(v, ū); None = ``pair_loss``.
         enhanced_weight: w_e, at least 0.
         cross_weight: w_c, at least 0.
         regularization_weight: w_r, at least 0.
-        warmup_steps: for so many training calls only L(v, u) counts. The calls are counted in the buffer
-            ``step``, which is part of ``state_dict``; calls in eval mode do not count.
+        warmup_steps: for so many training calls only L(v, u) is computed, at its own cost. The calls are counted in
+            the buffer ``step``, which is part of ``state_dict``; calls in eval mode do not count.
         gather_distributed: under ``torch.distributed``, build graph and loss over the batches of all
-            processes. Needs every process to call; see docs/distributed.md. Without a process group, or in
-            a group of one, it changes nothing.
+            processes. Needs every process to call. Without a process group, or in a group of one, it changes nothing.
+
+    Example:
+        >>> loss = HREMLoss(64)
+        >>> v, u = torch.randn(4, 64, requires_grad=True), torch.randn(4, 64, requires_grad=True)
+        >>> loss(v, u, torch.randn(4, 36, 64), torch.randn(4, 12, 64)).backward()
     """
+
+    step: Tensor
 
     def __init__(
         self,
@@ -75,7 +105,9 @@ class HREMLoss(nn.Module):
         *,
         graph: nn.Module | None = None,
         interaction: nn.Module | None = None,
-        pair_loss: Callable[[Tensor, Tensor], Tensor] | None = None,
+        pair_loss: PairLoss | None = None,
+        enhanced_pair_loss: PairLoss | None = None,
+        cross_pair_loss: PairLoss | None = None,
         enhanced_weight: float = 1.0,
         cross_weight: float = 1.0,
         regularization_weight: float = 10.0,
@@ -84,34 +116,54 @@ class HREMLoss(nn.Module):
     ) -> None:
         super().__init__()
         self.embed_dim = check_int("embed_dim", embed_dim, minimum=1)
-        for name, module in (("graph", graph), ("interaction", interaction)):
-            if module is not None and not isinstance(module, nn.Module):
-                raise TypeError(f"{name} must be a torch.nn.Module or None, got {type(module).__name__}")
-        if graph is not None and not callable(getattr(graph, "regularization", None)):
-            raise TypeError(f"graph must have a method regularization, got {type(graph).__name__}")
-        if getattr(interaction, "embed_dim", embed_dim) != embed_dim:
-            raise ValueError(f"interaction must have embed_dim {embed_dim} like the loss, got {interaction.embed_dim}")
-        if pair_loss is not None and (not callable(pair_loss) or isinstance(pair_loss, type)):
-            got = f"the class {pair_loss.__name__}" if isinstance(pair_loss, type) else type(pair_loss).__name__
-            raise TypeError(f"pair_loss must be a callable (similarity, positives) -> scalar, got {got}")
         self.enhanced_weight = check_number("enhanced_weight", enhanced_weight, minimum=0)
         self.cross_weight = check_number("cross_weight", cross_weight, minimum=0)
         self.regularization_weight = check_number("regularization_weight", regularization_weight, minimum=0)
-        self.warmup_steps = check_int("warmup_steps", warmup_steps, minimum=0)
         self.gather_distributed = check_bool("gather_distributed", gather_distributed)
+        for name, module in (("graph", graph), ("interaction", interaction)):
+            if module is not None and not isinstance(module, nn.Module):
+                raise TypeError(f"{name} must be a torch.nn.Module or None, got {said(module)}")
+        if graph is not None and self.regularization_weight and not callable(getattr(graph, "regularization", None)):
+            raise TypeError(
+                f"graph must have a method regularization, or regularization_weight be 0, got {type(graph).__name__}"
+            )
+        if getattr(interaction, "embed_dim", self.embed_dim) != self.embed_dim:
+            raise ValueError(f"interaction must have embed_dim {embed_dim} like the loss, got {interaction!r}")
+        for name, given in (
+            ("pair_loss", pair_loss),
+            ("enhanced_pair_loss", enhanced_pair_loss),
+            ("cross_pair_loss", cross_pair_loss),
+        ):
+            if given is not None and (not callable(given) or isinstance(given, type)):
+                got = f"the class {given.__name__}" if isinstance(given, type) else said(given)
+                raise TypeError(f"{name} must be a callable (similarity, positives) -> scalar, got {got}")
+        self._counter = CallCounter(check_int("warmup_steps", warmup_steps, minimum=0))
         self.graph = AssociationGraph() if graph is None else graph
-        self.interaction = RelationInteraction(embed_dim) if interaction is None else interaction
+        self.interaction = _default_interaction(self.embed_dim) if interaction is None else interaction
         self.pair_loss = TripletLoss() if pair_loss is None else pair_loss
+        self.enhanced_pair_loss, self.cross_pair_loss = enhanced_pair_loss, cross_pair_loss
         self.register_buffer("step", torch.zeros((), dtype=torch.long))
+        self.register_load_state_dict_post_hook(_count_from_state)
+
+    @property
+    def warmup_steps(self) -> int:
+        return self._counter.limit
+
+    @warmup_steps.setter
+    def warmup_steps(self, value: int) -> None:
+        self._counter.set(check_int("warmup_steps", value, minimum=0), self._counter.calls)
 
     def extra_repr(self) -> str:
         return (
             f"{self.embed_dim}, enhanced_weight={self.enhanced_weight}, cross_weight={self.cross_weight}, "
             f"regularization_weight={self.regularization_weight}, warmup_steps={self.warmup_steps}, "
             f"gather_distributed={self.gather_distributed}"
-            # a module is printed below, like graph and interaction
-            + ("" if isinstance(self.pair_loss, nn.Module) else f", pair_loss={self.pair_loss!r}")
         )
+
+    def relation_parameters(self) -> Iterator[nn.Parameter]:
+        """The parameters of graph and interaction, for an optimizer group of their own (a smaller rate, say)."""
+        yield from self.graph.parameters()
+        yield from self.interaction.parameters()
 
     def forward(
         self,
@@ -122,11 +174,15 @@ class HREMLoss(nn.Module):
         image_mask: Tensor | None = None,
         text_mask: Tensor | None = None,
         image_ids: Tensor | None = None,
+        *,
+        image_index: Tensor | None = None,
+        positives: Tensor | None = None,
     ) -> Tensor:
         """The total of :meth:`terms`, a scalar to call ``backward()`` on. Same arguments."""
         return self.terms(
-            image_embedding, text_embedding, image_fragments, text_fragments, image_mask, text_mask, image_ids
-        ).total
+            image_embedding, text_embedding, image_fragments, text_fragments, image_mask, text_mask, image_ids,
+            image_index=image_index, positives=positives,
+        ).total  # fmt: skip
 
     def terms(
         self,
@@ -137,101 +193,190 @@ class HREMLoss(nn.Module):
         image_mask: Tensor | None = None,
         text_mask: Tensor | None = None,
         image_ids: Tensor | None = None,
+        *,
+        image_index: Tensor | None = None,
+        positives: Tensor | None = None,
     ) -> HREMTerms:
         """
         Args:
-            image_embedding, text_embedding: (N, D); row i of both belongs together. Normalised here.
+            image_embedding: (N, D), of any length: normalised here.
+            text_embedding: (M, D) likewise; M is N, row by row, unless ``image_index``
+                says otherwise.
             image_fragments: (N, R, F) regions.
-            text_fragments: (N, W, F) words.
+            text_fragments: (M, W, F) words.
             image_mask: (N, R) bool, True = real; None = all real.
-            text_mask: (N, W) likewise.
+            text_mask: (M, W) likewise.
             image_ids: (N,) integer; equal ids are positives of one another. None = row number.
+            image_index: (M,) integer in [0, N), the image that each text describes: several captions per image, each
+                image encoded and aligned once. None = row by row.
+            positives: (N, M) bool, which pairs belong together, for data with several right captions; instead of
+                ``image_ids``. Not with ``gather_distributed``: it does not say who belongs together across processes.
 
         Returns:
             HREMTerms of scalars in float32 or better.
 
         Raises:
-            TypeError, ValueError: an argument has the wrong type, dtype, shape or device.
+            TypeError, ValueError: an argument has the wrong type, dtype, shape or device, or a module of your own
+                returned something else than it should.
         """
         batch = Batch(
-            image_embedding, text_embedding, image_fragments, text_fragments, image_mask, text_mask, image_ids
-        )
-        if self.gather_distributed and is_distributed():
-            return self._gathered_terms(batch)
-        self._check(batch)
-        return self._terms(_normalized(batch))
+            image_embedding, text_embedding, image_fragments, text_fragments, image_mask, text_mask, image_ids,
+            image_index, positives,
+        )  # fmt: skip
+        return self._over_all(batch, self._terms)
 
-    def _check(self, batch: Batch) -> None:
-        check_tensor("image_embedding", batch.image_embedding, ("N", self.embed_dim))
-        n, device = batch.image_embedding.shape[0], batch.image_embedding.device
-        check_tensor("text_embedding", batch.text_embedding, (n, self.embed_dim), device=device)
-        if batch.image_ids is not None:
-            _check_ids(batch.image_ids, n, device)
+    def relate(
+        self,
+        image_embedding: Tensor,
+        text_embedding: Tensor,
+        image_fragments: Tensor,
+        text_fragments: Tensor,
+        image_mask: Tensor | None = None,
+        text_mask: Tensor | None = None,
+        image_ids: Tensor | None = None,
+        *,
+        image_index: Tensor | None = None,
+        positives: Tensor | None = None,
+    ) -> Relations:
+        """The graph and the enhanced embeddings that :meth:`terms` works on, for logging, re-ranking or an objective
+        of your own. Same arguments; counts no step and does not look at the warm-up.
 
-    def _gathered_terms(self, own: Batch) -> HREMTerms:
+        Returns:
+            ``(graph, image_enhanced (N, D), text_enhanced (M, D))``, the latter L2-normalised; with
+            ``gather_distributed`` of all processes.
+        """
+        batch = Batch(
+            image_embedding, text_embedding, image_fragments, text_fragments, image_mask, text_mask, image_ids,
+            image_index, positives,
+        )  # fmt: skip
+
+        def relate(whole: Batch, exchange: Exchange) -> Relations:
+            cosines = pair_cosines(whole.image_embedding, whole.text_embedding)
+            return self._relate(whole, self._positives(whole), cosines, exchange)
+
+        return self._over_all(batch, relate)
+
+    def _over_all(self, own: Batch, work: Callable[[Batch, Exchange], _Result]) -> _Result:
+        """``work`` on the batch, checked and with normalised embeddings; over several processes, those of all."""
+        if not (self.gather_distributed and is_distributed()):
+            self._check(own, empty=False)
+            return work(_normalized(own), ALONE)
         problem = None
         try:
-            self._check(own)
-            check_own_batch(own)
+            self._check(own, empty=True)
+            if own.positives is not None:
+                raise ValueError("positives must be None with gather_distributed=True: give image_ids")
         except (TypeError, ValueError) as error:
             problem = error  # the other processes wait: tell them first
         device = self.step.device if problem is not None else own.image_embedding.device
-        shares = agree(own, problem, training=self.training, device=device)
-        # a graph that can share its work gets its own process's fragments, any other those of all
-        share = "shares" in inspect.signature(self.graph.forward).parameters
+        shares = agree(own, problem, training=self.training, warming=self._counter.warming, device=device)
         with one_random_stream(device):
-            batch = gather_batch(_normalized(own), shares, fragments=not share)
-            return self._terms(batch, shares if share else None)
+            return work(gather_embeddings(_normalized(own), shares), shares)
 
-    def _terms(self, batch: Batch, shares: Shares | None = None) -> HREMTerms:
+    def _check(self, batch: Batch, *, empty: bool) -> None:
+        check_batch(batch, self.embed_dim, empty=empty)
+        check_same_device("image_embedding", batch.image_embedding, self)
+
+    def _positives(self, batch: Batch) -> Tensor:
+        n, device = batch.image_embedding.shape[0], batch.image_embedding.device
+        return find_positives(n, batch.image_ids, batch.image_index, batch.positives, device)
+
+    def _relate(self, batch: Batch, positives: Tensor, cosines: Cosines, exchange: Exchange) -> Relations:
         v, u = batch.image_embedding, batch.text_embedding
-        options = {} if shares is None else {"shares": shares}
         graph = self.graph(
-            v, u, batch.image_fragments, batch.text_fragments, batch.image_mask, batch.text_mask, **options
-        )
-        v_enhanced, u_enhanced = (l2_normalize(x) for x in self.interaction(v, u, graph))
-        positives = _positives(batch.image_ids, v)
+            v, u, batch.image_fragments, batch.text_fragments, batch.image_mask, batch.text_mask,
+            image_index=batch.image_index, positives=positives, cosines=cosines, exchange=exchange,
+        )  # fmt: skip
+        check_graph(graph, v.shape[0], u.shape[0], v.device)
+        enhanced = self.interaction(v, u, graph)
+        if not isinstance(enhanced, tuple) or len(enhanced) != 2:
+            raise TypeError(f"interaction must return (image_enhanced, text_enhanced), got {said(enhanced)}")
+        for name, x, like in zip(("image_enhanced", "text_enhanced"), enhanced, (v, u), strict=True):
+            check_tensor(f"what interaction returns as {name}", x, tuple(like.shape), device=v.device)
+        return Relations(graph, *(l2_normalize(x.to(compute_dtype(x.dtype))) for x in enhanced))
 
-        def pair(x: Tensor, y: Tensor) -> Tensor:
-            loss = self.pair_loss(cosine_matrix(x, y), positives)
-            if not isinstance(loss, Tensor) or loss.dim():
-                got = describe(loss) if isinstance(loss, Tensor) else type(loss).__name__
-                raise TypeError(f"pair_loss must return a scalar tensor, got {got}")
-            return loss
+    def _terms(self, batch: Batch, exchange: Exchange) -> HREMTerms:
+        warming = self.training and self._counter.warming
+        if recomputing():  # activation checkpointing: what the call before it did
+            warming = self.training and self._counter.calls - 1 < self._counter.limit
+        relational = bool(self.enhanced_weight or self.cross_weight or self.regularization_weight)
+        terms = self._base_terms(batch) if warming or not relational else self._all_terms(batch, exchange)
+        if self.training and not recomputing():
+            count_call(self.step, self._counter.key)
+        return terms
 
-        base = pair(v, u)
-        enhanced = pair(v_enhanced, u_enhanced)
-        cross_image, cross_text = pair(v_enhanced, u), pair(v, u_enhanced)
-        regularization = self.graph.regularization(graph, v, u)
-        relational = (
-            self.enhanced_weight * enhanced
+    def _base_terms(self, batch: Batch) -> HREMTerms:
+        base = _pair("pair_loss", self.pair_loss, cosine_matrix(*batch[:2]), self._positives(batch))
+        total = base
+        if is_distributed() and torch.is_grad_enabled():
+            # DistributedDataParallel waits for the gradient of every parameter: zeros, whatever the parameters hold
+            total = _ReachAll.apply(base, *(p for p in self.relation_parameters() if p.requires_grad))
+        zero = torch.zeros_like(base)
+        return HREMTerms(total, base, zero, zero, zero, zero)
+
+    def _all_terms(self, batch: Batch, exchange: Exchange) -> HREMTerms:
+        v, u = batch.image_embedding, batch.text_embedding
+        positives = self._positives(batch)
+        cosines = pair_cosines(v, u)
+        base = _pair("pair_loss", self.pair_loss, cosines.across.to(v.dtype), positives)
+        graph, v_enhanced, u_enhanced = self._relate(batch, positives, cosines, exchange)
+        enhanced = cross_image = cross_text = regularization = torch.zeros_like(base)
+        if self.enhanced_weight:
+            pair_loss = self.pair_loss if self.enhanced_pair_loss is None else self.enhanced_pair_loss
+            enhanced = _pair("enhanced_pair_loss", pair_loss, cosine_matrix(v_enhanced, u_enhanced), positives)
+        if self.cross_weight:
+            pair_loss = self.pair_loss if self.cross_pair_loss is None else self.cross_pair_loss
+            cross_image = _pair("cross_pair_loss", pair_loss, cosine_matrix(v_enhanced, u), positives)
+            cross_text = _pair("cross_pair_loss", pair_loss, cosine_matrix(v, u_enhanced), positives)
+        if self.regularization_weight:
+            regularization = self.graph.regularization(graph, v, u, cosines=cosines)
+        total = (
+            base
+            + self.enhanced_weight * enhanced
             + self.cross_weight * (cross_image + cross_text)
             + self.regularization_weight * regularization
         )
-        if self.training and self.warmup_steps:
-            relational = torch.where(self.step < self.warmup_steps, 0, relational)
-            self.step.add_(1)
-        return HREMTerms(base + relational, base, enhanced, cross_image, cross_text, regularization)
+        return HREMTerms(total, base, enhanced, cross_image, cross_text, regularization)
+
+
+def _default_interaction(embed_dim: int) -> RelationInteraction:
+    heads = next(h for h in range(16, 0, -1) if embed_dim % h == 0)
+    if heads < 16:
+        raise ValueError(
+            f"embed_dim must be a multiple of 16, the default number of attention heads, got {embed_dim}; give "
+            f"interaction=RelationInteraction({embed_dim}, num_heads={heads})"
+        )
+    return RelationInteraction(embed_dim)
 
 
 def _normalized(batch: Batch) -> Batch:
-    return batch._replace(
-        image_embedding=l2_normalize(batch.image_embedding), text_embedding=l2_normalize(batch.text_embedding)
-    )
+    """Both embeddings on the unit sphere, in float32 or better and of one dtype."""
+    dtype = torch.promote_types(*(compute_dtype(x.dtype) for x in batch[:2]))
+    v, u = (l2_normalize(x.to(dtype)) for x in batch[:2])
+    return Batch(v, u, *batch[2:])  # dynamo of torch 2.5 knows no _replace
 
 
-def _positives(ids: Tensor | None, like: Tensor) -> Tensor:
-    if ids is None:
-        return torch.eye(like.shape[0], dtype=torch.bool, device=like.device)
-    return ids.unsqueeze(1) == ids.unsqueeze(0)  # [n, n]
+def _pair(name: str, pair_loss: PairLoss, similarity: Tensor, positives: Tensor) -> Tensor:
+    loss = pair_loss(similarity, positives)
+    if not isinstance(loss, Tensor) or loss.dim() or not loss.dtype.is_floating_point:
+        got = describe(loss) if isinstance(loss, Tensor) else said(loss)
+        raise TypeError(f"{name} must return a scalar tensor, got {got}")
+    return loss
 
 
-def _check_ids(ids: Tensor, n: int, device: torch.device) -> None:
-    if not isinstance(ids, Tensor):
-        raise TypeError(f"image_ids must be an integer tensor of shape ({n},), got {type(ids).__name__}")
-    if ids.dtype.is_floating_point or ids.dtype.is_complex or ids.dtype == torch.bool:
-        raise TypeError(f"image_ids must be an integer tensor, got {describe(ids)}")
-    if tuple(ids.shape) != (n,):
-        raise ValueError(f"image_ids must have shape ({n},), got {describe(ids)}")
-    if ids.device != device:
-        raise ValueError(f"image_ids must be on {device} like the other inputs, got {describe(ids)}")
+def _count_from_state(module: HREMLoss, _incompatible: object) -> None:
+    if module.step.device.type != "meta":
+        module._counter.set(module._counter.limit, int(module.step))
+
+
+class _ReachAll(torch.autograd.Function):
+    """``x``, with a gradient of zero for every one of ``others``."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, *others: Tensor) -> Tensor:
+        ctx.save_for_backward(*others)
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
+        return grad, *(torch.zeros_like(other) for other in ctx.saved_tensors)

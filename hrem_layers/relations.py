@@ -1,43 +1,202 @@
-"""What the graph hands to the attention: connection and relevance, with names for their blocks."""
+r"""The graph over the samples of a batch, and the pure functions that its blocks are made with (paper, section 3.3).
+
+N images and M texts; the nodes are the images, then the texts: ``[[I→I, I→T], [T→I, T→T]]``, and the row is the
+node that receives.
+"""
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from hrem_layers._core.checks import check_bool_tensor, check_choice, check_tensor
+from hrem_layers._core.checks import check_bool_tensor, check_choice, check_index_tensor, check_tensor, said
+from hrem_layers._core.numerics import autocast_off, compute_dtype, l2_normalize, tie_tolerance
 
 BLOCKS = ("i2i", "i2t", "t2i", "t2t")
 
 
-class RelationGraph(NamedTuple):
-    """A graph over N images and N texts, images first: ``[[I→I, I→T], [T→I, T→T]]``.
-
-    The row is the node that receives: in block ``"i2t"`` row i says which texts image i attends to.
-    """
+class RelationBlock(NamedTuple):
+    """One of the four blocks of a graph: rows receive, columns give."""
 
     connection: Tensor
-    """A: (2N, 2N) bool, True = edge."""
+    """(rows, columns) bool, True = edge."""
     relevance: Tensor
-    """S: (2N, 2N) float; only its values on edges count."""
-
-    def block(self, name: str) -> RelationGraph:
-        """One of the four blocks, ``"i2i"``, ``"i2t"``, ``"t2i"``, ``"t2t"``, of both: (N, N) each."""
-        check_choice("name", name, BLOCKS)
-        n = self.connection.shape[0] // 2
-        rows, columns = (slice(None, n) if side == "i" else slice(n, None) for side in (name[0], name[2]))
-        return RelationGraph(self.connection[rows, columns], self.relevance[rows, columns])
+    """(rows, columns) float; only its values on edges count."""
 
     def attention_bias(self, relation_weight: float) -> Tensor:
         """``relation_weight · S`` on edges, −inf elsewhere; weight 0 gives 0 on edges. Shape and dtype of S."""
-        return torch.where(self.connection, relation_weight * self.relevance, -torch.inf)
+        return _attention_bias(self.connection, self.relevance, relation_weight)
 
 
-def check_graph(graph: object, nodes: int, device: torch.device) -> None:
-    """Raises TypeError or ValueError unless this is a RelationGraph over ``nodes`` nodes on ``device``."""
+class Candidates(NamedTuple):
+    """Which nodes of the other modality a row was aligned with; columns are numbers of texts and of images."""
+
+    i2t: Tensor
+    """(N, k) int64."""
+    t2i: Tensor
+    """(M, k) int64."""
+
+
+class RelationGraph(NamedTuple):
+    """A graph over N images and M texts, images first: ``[[I→I, I→T], [T→I, T→T]]``.
+
+    The row is the node that receives: in block ``"i2t"`` row i says which texts image i attends to.
+
+    Example:
+        >>> graph = RelationGraph(torch.ones(5, 5, dtype=torch.bool), torch.zeros(5, 5), num_images=2)
+        >>> graph.block("i2t").relevance.shape
+        torch.Size([2, 3])
+    """
+
+    connection: Tensor
+    """A: (N + M, N + M) bool, True = edge."""
+    relevance: Tensor
+    """S: (N + M, N + M) float; only its values on edges count."""
+    num_images: int | None = None
+    """N; None = half of the nodes."""
+    candidates: Candidates | None = None
+    """The pairs across the modalities that S knows; None = all."""
+    excluded: Tensor | None = None
+    """(N, M) bool: pairs that must not see each other, not over a third node either; None = none."""
+
+    def block(self, name: str) -> RelationBlock:
+        """One of the four blocks: ``"i2i"`` (N, N), ``"i2t"`` (N, M), ``"t2i"`` (M, N), ``"t2t"`` (M, M).
+
+        Raises:
+            ValueError: another name.
+        """
+        check_choice("name", name, BLOCKS)
+        n = self.connection.shape[0] // 2 if self.num_images is None else self.num_images
+        rows, columns = (slice(None, n) if side == "i" else slice(n, None) for side in (name[0], name[2]))
+        return RelationBlock(self.connection[rows, columns], self.relevance[rows, columns])
+
+    def attention_bias(self, relation_weight: float) -> Tensor:
+        """``relation_weight · S`` on edges, −inf elsewhere; weight 0 gives 0 on edges. Shape and dtype of S."""
+        return _attention_bias(self.connection, self.relevance, relation_weight)
+
+
+def _attention_bias(connection: Tensor, relevance: Tensor, relation_weight: float) -> Tensor:
+    return torch.where(connection, relation_weight * relevance, -torch.inf)
+
+
+def check_graph(graph: object, n: int, m: int, device: torch.device) -> RelationGraph:
+    """Raises TypeError or ValueError unless this is a RelationGraph over ``n`` images and ``m`` texts on ``device``."""
     if not isinstance(graph, RelationGraph):
-        raise TypeError(f"graph must be a RelationGraph, got {type(graph).__name__}")
-    check_bool_tensor("graph.connection", graph.connection, (nodes, nodes), device=device)
+        raise TypeError(f"graph must be a RelationGraph, got {said(graph)}")
+    nodes = n + m
+    check_bool_tensor("graph.connection", graph.connection, (nodes, nodes), device=device, meaning="edge")
     check_tensor("graph.relevance", graph.relevance, (nodes, nodes), device=device)
+    if (n if graph.num_images is None else graph.num_images) != n or (graph.num_images is None and n != m):
+        raise ValueError(f"graph must be over {n} images and {m} texts, got num_images={graph.num_images}")
+    if graph.candidates is not None:
+        check_index_tensor("graph.candidates.i2t", graph.candidates.i2t, (n, "k"), device=device)
+        check_index_tensor("graph.candidates.t2i", graph.candidates.t2i, (m, "k"), device=device)
+    if graph.excluded is not None:
+        check_bool_tensor("graph.excluded", graph.excluded, (n, m), device=device, meaning="excluded")
+    return graph
+
+
+def text_count(graph: object, n: int) -> int | str:
+    """How many texts go with ``n`` images in this graph: as many, or what the graph says ("M" if it says nothing)."""
+    if not isinstance(graph, RelationGraph) or graph.num_images is None:
+        return n
+    return graph.connection.shape[0] - graph.num_images if isinstance(graph.connection, Tensor) else "M"
+
+
+class Cosines(NamedTuple):
+    """Of every two samples, in float64 where the device has it: near 1 a distance needs what float32 rounds away."""
+
+    images: Tensor
+    """(N, N)."""
+    texts: Tensor
+    """(M, M)."""
+    across: Tensor
+    """(N, M)."""
+
+
+def pair_cosines(image_embedding: Tensor, text_embedding: Tensor) -> Cosines:
+    """Cosines of embeddings (N, D) and (M, D) of any length: three products, which everything else goes by."""
+    exact = torch.float32 if image_embedding.device.type == "mps" else torch.float64
+    with autocast_off(image_embedding.device):
+        x, y = (l2_normalize(e.to(exact)) for e in (image_embedding, text_embedding))
+        return Cosines(x @ x.t(), y @ y.t(), x @ y.t())
+
+
+def distance_relevance(cosine: Tensor, sigma: float, *, squared: bool, dtype: torch.dtype) -> Tensor:
+    r""":math:`\exp(-\lVert x - y\rVert / \sigma)`, with ``squared`` :math:`\exp(-\lVert x - y\rVert^2 / \sigma)`.
+
+    From cosines of :func:`pair_cosines`, as :math:`\lVert x - y\rVert^2 = 2 - 2\cos`; the result in ``dtype``.
+    Two equal embeddings have relevance 1 and get a zero gradient (that of the norm at 0 is not defined).
+    """
+    square = 2 - 2 * cosine
+    # rounding error of a product of unit vectors; in float64 below (1e-7)², the last bit of a float32 distance of 1
+    equal = square < 45 * torch.finfo(cosine.dtype).eps
+    distance = square.masked_fill(equal, 1).sqrt().masked_fill(equal, 0).to(dtype)
+    return torch.exp(-(distance.square() if squared else distance) / sigma)
+
+
+def nearest(similarity: Tensor, k: int, *, scale: float | None = 1.0, allowed: Tensor | None = None) -> Tensor:
+    """Per row of ``similarity`` (N, M), True at the ``k`` largest values and at all that tie with the k-th.
+
+    Values a few ulp apart tie: which of them is larger is decided by rounding. NaN counts as near, so that it
+    goes on to whatever is computed over the edges.
+
+    Args:
+        similarity: (N, M).
+        k: at least 1, at most M.
+        scale: the magnitude of which an ulp is meant; None = the largest of the row.
+        allowed: (N, M) bool; where False there is no edge, and the k are chosen among the others. None = all.
+    """
+    with torch.no_grad():
+        similarity = similarity.detach()
+        ulps = tie_tolerance(similarity.dtype)
+        tolerance = ulps * (similarity.abs().amax(dim=1, keepdim=True) if scale is None else scale)
+        if allowed is not None:
+            similarity = similarity.masked_fill(~allowed, -torch.inf)
+        threshold = similarity.topk(k, dim=1).values[:, -1:]  # [n, 1]
+        edges = ~(similarity < threshold - tolerance)
+        return edges if allowed is None else edges & allowed
+
+
+def nearest_candidates(across: Tensor, k: int) -> Candidates:
+    """Per image the ``k`` texts, per text the ``k`` images of largest cosine ``across`` (N, M); no gradient.
+
+    Of candidates that tie with the k-th exactly those are taken that make k.
+    """
+    n, m = across.shape
+    across = across.detach()
+    return Candidates(
+        across.topk(min(k, m), dim=1).indices,
+        across.t().topk(min(k, n), dim=1).indices,
+    )
+
+
+def scatter_rows(values: Tensor, index: Tensor, columns: int) -> Tensor:
+    """``values`` (N, k) at the columns ``index`` (N, k) of an (N, columns) matrix of zeros (False)."""
+    return values.new_zeros(values.shape[0], columns).scatter(1, index, values)
+
+
+def row_divergence(logits: Tensor, guide: Tensor) -> Tensor:
+    """KL(softmax(logits) ‖ softmax(guide)) of each row, the mean over rows: (N, M) each -> a scalar."""
+    return F.kl_div(guide.log_softmax(dim=1), logits.log_softmax(dim=1), reduction="batchmean", log_target=True)
+
+
+def guide_divergence(
+    graph: RelationGraph, across: Tensor, sigma: float, *, squared: bool, dtype: torch.dtype
+) -> Tensor:
+    """L_reg: both directions of S against the guide G, which ``across`` (N, M) of :class:`Cosines` gives.
+
+    Where the graph has candidates, the distributions are those over a row's candidates.
+    """
+    guide = distance_relevance(across.detach(), sigma, squared=squared, dtype=dtype)
+    total = torch.zeros((), dtype=dtype, device=across.device)
+    for name, goal in (("i2t", guide), ("t2i", guide.t())):
+        learned = graph.block(name).relevance.to(compute_dtype(dtype))
+        if graph.candidates is not None:
+            index = graph.candidates.i2t if name == "i2t" else graph.candidates.t2i
+            learned, goal = learned.gather(1, index), goal.gather(1, index)
+        total = total + row_divergence(learned, goal)
+    return total

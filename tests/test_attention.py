@@ -14,15 +14,15 @@ N, HEADS, L, M, D = 5, 4, 6, 7, 3
 BIASES = [(L, M), (1, L, M), (HEADS, L, M), (N, 1, L, M), (N, 1, 1, M), (1, HEADS, L, M)]
 
 
-@pytest.fixture(params=[1, 2, 3], ids=lambda size: f"{size} at a time")
+@pytest.fixture(params=[(1, L), (2, L), (3, L), (1, 4), (2, 1)], ids=lambda cut: f"{cut[0]} x {cut[1]} at a time")
 def in_parts(request, monkeypatch):
-    """Every call in parts of so many items of the first dimension (the last part may have fewer)."""
+    """Every call in parts of so many items of the first dimension and so many queries (the last may have fewer)."""
     apply = attention._AttendInParts.apply
     calls = []
 
     def called(*arguments):
         calls.append(arguments)
-        return apply(*arguments[:-1], request.param)
+        return apply(*arguments[:-1], attention._Cut(*request.param))
 
     monkeypatch.setattr(attention, "_WEIGHTS_AT_ONCE", 1)
     monkeypatch.setattr(attention._AttendInParts, "apply", called)
@@ -104,6 +104,19 @@ def test_few_weights_are_held_for_backward(monkeypatch):
     assert saved(1) <= 50 * 50
 
 
+def test_one_long_item_is_cut_between_its_queries(monkeypatch):
+    seen = []
+    room = attention._room
+    monkeypatch.setattr(attention, "_WEIGHTS_AT_ONCE", 4 * 60)
+    monkeypatch.setattr(attention, "_room", lambda *given: seen.append(room(*given)) or seen[-1])
+    q, k, v = (torch.randn(1, 2, 60, 4, dtype=torch.float64, requires_grad=True) for _ in range(3))
+    mask = torch.zeros(1, 1, 1, 60, dtype=torch.float64).masked_fill(torch.arange(60) > 40, -torch.inf)
+    torch.manual_seed(0)
+    attend(q, k, v, mask, 0.5).sum().backward()
+    assert seen
+    assert all(x.numel() <= 4 * 60 for x in seen)
+
+
 def test_second_derivatives_are_refused(in_parts):
     q, *others = tensors(1, L, M)
     (grad,) = torch.autograd.grad(attend(q, *others, 0.0).square().sum(), q, create_graph=True)
@@ -117,6 +130,7 @@ def test_without_a_learned_bias_torch_does_it(monkeypatch, requires_grad):
     monkeypatch.setattr(attention, "_WEIGHTS_AT_ONCE", 1)
     q, k, v, bias = tensors(1, L, M)
     attend(q, k, v, None, 0.0)
+    attend(q, k, v, bias.detach(), 0.0)
     attend(q, k, v, bias.detach(), 0.0)
     if not requires_grad:
         with torch.no_grad():

@@ -54,7 +54,7 @@ def test_fragment_relation(size, dtype):
 
 def graph_of(z, dtype):
     graph = AssociationGraph(
-        topk=int(z["topk"]), neighbor_ratio=float(z["threshold"]), sigma=float(z.get("sigma", 1.0))
+        alignment="scan", topk=int(z["topk"]), neighbor_ratio=float(z["threshold"]), sigma=float(z.get("sigma", 1.0))
     )
     return graph.to(dtype)
 
@@ -81,7 +81,7 @@ def test_fusion(size, dtype):
     z = golden(size, "relation_interaction_fusion", dtype)
     n = len(z["nodes"]) // 2
     module = RelationInteraction(
-        z["nodes"].shape[1], num_heads=int(z["num_heads"]), relation_weight=float(z["lam"])
+        z["nodes"].shape[1], num_heads=int(z["num_heads"]), relation_weight=float(z["lam"]), residual=False
     ).to(dtype).eval()  # fmt: skip
     module.load_state_dict(weights(z, "weights."))
     enhanced = module(z["nodes"][:n], z["nodes"][n:], RelationGraph(z["connection"], z["relevance"]))
@@ -139,7 +139,9 @@ def test_whole_loss(size, dtype):
     module = HREMLoss(
         dim,
         graph=graph_of(z, dtype),
-        interaction=RelationInteraction(dim, num_heads=int(z["num_heads"]), relation_weight=float(z["lam"])),
+        interaction=RelationInteraction(
+            dim, num_heads=int(z["num_heads"]), relation_weight=float(z["lam"]), residual=False
+        ),
         pair_loss=TripletLoss(float(z["margin"]), negative_sampling="hardest"),
         regularization_weight=float(z["reg_weight"]),
     ).to(dtype).eval()  # fmt: skip

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from support import assert_near, generator, gradients, graph_inputs, repad
 from torch.nn.functional import normalize
 
-from hrem_layers import AssociationGraph, RelationGraph, align_fragments
-from hrem_layers.graph import distance_relevance, nearest
+from hrem_layers import AssociationGraph, RelationBlock, RelationGraph, align_fragments, pair_cosines
+from hrem_layers.relations import distance_relevance, nearest
 
 DOUBLE = torch.float64
 
@@ -240,7 +240,7 @@ def test_texts_shorter_than_topk():
     module = graph_module(topk=10)
     graph = module(**inputs)
     assert torch.isfinite(graph.relevance).all()
-    q = align_fragments(*list(inputs.values())[2:], topk=10).top_t2i
+    q = align_fragments(*list(inputs.values())[2:], topk=10, mode="cosine").top_t2i
     assert not q[..., 1:].any()
     assert_near(graph.block("t2i").relevance, mlp_by_hand(module.mlp_t2i, q) + q[..., 0], 1e-12)
 
@@ -304,7 +304,8 @@ def test_regularization_is_zero_where_learned_and_guide_agree():
 
 def test_distances_come_from_differences():
     x = normalize(torch.randn(50, 512), dim=1)
-    assert torch.equal(distance_relevance(x, x, 1.0, squared=False).diagonal(), torch.ones(50))
+    relevance = distance_relevance(pair_cosines(x, x).across, 1.0, squared=False, dtype=torch.float32)
+    assert torch.equal(relevance.diagonal(), torch.ones(50))
 
 
 def test_dtypes():
@@ -331,7 +332,11 @@ def test_blocks():
     rows = [torch.cat([graph.block(f"{a}2i").relevance, graph.block(f"{a}2t").relevance], dim=1) for a in "it"]
     assert torch.equal(torch.cat(rows), relevance)
     assert torch.equal(graph.block("t2t").connection, connection[3:, 3:])
-    assert isinstance(graph.block("i2i"), RelationGraph)
+    assert isinstance(graph.block("i2i"), RelationBlock)
+    assert not hasattr(graph.block("i2i"), "block")
+    wide = RelationGraph(connection, relevance, num_images=2)
+    assert wide.block("i2t").relevance.tolist() == relevance[:2, 2:].tolist()
+    assert wide.block("t2t").relevance.tolist() == relevance[2:, 2:].tolist()
 
 
 @pytest.mark.parametrize("weight", [0.0, 1.0, -2.5])
@@ -348,10 +353,10 @@ def test_attention_bias(weight):
     assert torch.equal(grad, torch.where(connection, weight, 0.0))
 
 
-def test_defaults_are_those_of_the_contract():
+def test_defaults():
     module = AssociationGraph()
     names = "topk", "neighbor_ratio", "sigma", "squared_distance", "alignment", "detach_fragments", "chunk_size"
-    assert [getattr(module, name) for name in names] == [10, 0.5, 1.0, False, "scan", True, None]
+    assert [getattr(module, name) for name in names] == [10, 0.5, 1.0, False, "cosine", True, None]
     shapes = {name: tuple(x.shape) for name, x in module.state_dict().items()}
     assert shapes == {
         f"mlp_{d}.{i}.{kind}": shape
@@ -365,3 +370,147 @@ def test_runs_without_masks():
     full["image_mask"], full["text_mask"] = (torch.ones_like(full[f"{side}_mask"]) for side in ("image", "text"))
     module = graph_module()
     assert_near(module(*list(full.values())[:4]).relevance, module(**full).relevance, 1e-12)
+
+
+# ties, order, and what is not finite
+
+
+@pytest.mark.parametrize("mode", ["scan", "cosine", "dot"])
+@pytest.mark.parametrize(("r", "w"), [(1, 1), (1, 4), (3, 1), (3, 4)])
+@pytest.mark.parametrize("twins", ["none", "duplicated items", "one embedding"])
+@pytest.mark.parametrize("dtype", [torch.float32, DOUBLE])
+def test_edges_do_not_depend_on_order_or_chunk(mode, r, w, twins, dtype):
+    inputs = {name: x.detach().clone() for name, x in graph_inputs(n=7, r=r, w=w, dtype=dtype).items()}
+    for name, x in inputs.items():
+        if twins == "duplicated items":
+            x[4:] = x[:3]
+        elif twins == "one embedding" and name.endswith("embedding"):
+            x[:] = x[:1]
+    module = graph_module(alignment=mode).to(dtype)
+    here = module(**inputs)
+    for seed in range(5):
+        order = torch.randperm(7, generator=generator(seed))
+        both = torch.cat([order, order + 7])
+        module.chunk_size = [None, 1, 3, 7, 49][seed]
+        there = module(**{name: x[order] for name, x in inputs.items()})
+        assert torch.equal(there.connection, here.connection[both][:, both]), seed
+
+
+def test_values_a_few_ulp_apart_tie_and_others_do_not():
+    row = torch.tensor([[0.5, 0.5 - 2e-7, 0.5 - 1e-5, 0.9]])
+    assert nearest(row, 2).tolist() == [[True, True, False, True]]
+    assert nearest(1000 * row, 2, scale=None).tolist() == [[True, True, False, True]]
+    assert nearest(row.double(), 2).tolist() == [[True, False, False, True]]
+
+
+def test_the_k_nearest_are_chosen_among_the_allowed():
+    row, allowed = torch.tensor([[0.9, 0.5, 0.4, 0.3]]), torch.tensor([[False, True, True, True]])
+    assert nearest(row, 2, allowed=allowed).tolist() == [[False, True, True, False]]
+    assert nearest(row, 4, allowed=allowed).tolist() == [[False, True, True, True]]
+    assert not nearest(row, 1, allowed=allowed & False).any()
+
+
+@pytest.mark.parametrize("candidates", [None, 3])
+@pytest.mark.parametrize("ratio", [0.3, 1.0])
+def test_exclude_positives(candidates, ratio):
+    inputs, ids = graph_inputs(n=6, dtype=DOUBLE), torch.tensor([0, 1, 2, 0, 4, 5])
+    positives = ids.unsqueeze(1) == ids
+    graph = graph_module(exclude_positives=True, neighbor_ratio=ratio, candidates=candidates)(
+        **inputs, positives=positives
+    )
+    assert not graph.block("i2t").connection[positives].any()
+    assert not graph.block("t2i").connection[positives.t()].any()
+    if candidates is None:
+        least = min(max(1, int(6 * ratio)), 4)
+        assert (graph.block("i2t").connection.sum(dim=1) >= least).all()
+    assert torch.equal(graph.excluded, positives)
+    open_graph = graph_module(neighbor_ratio=ratio, candidates=candidates)(**inputs)
+    assert torch.equal(graph.block("i2i").connection, open_graph.block("i2i").connection)
+    assert torch.equal(graph.relevance, open_graph.relevance)
+
+
+@pytest.mark.parametrize("candidates", [None, 2])
+@pytest.mark.parametrize("name", ["image_embedding", "text_embedding", "image_fragments", "text_fragments"])
+@pytest.mark.parametrize("mode", ["scan", "cosine", "dot"])
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_what_is_not_finite_reaches_an_edge(candidates, name, mode, bad):
+    inputs = {key: x.detach().clone() for key, x in graph_inputs(n=5, dtype=DOUBLE).items()}
+    place = inputs[name.replace("fragments", "mask")][1].nonzero()[0] if name.endswith("fragments") else ()
+    inputs[name][(1, *place, 2)] = bad
+    graph = graph_module(alignment=mode, candidates=candidates)(**inputs)
+    assert not torch.isfinite(graph.relevance[graph.connection]).all()
+
+
+@pytest.mark.parametrize("scale", [1e-20, 1e19])
+def test_very_long_and_very_short_embeddings(scale):
+    inputs = graph_inputs(n=5)
+    module = AssociationGraph(topk=3)
+    scaled = {name: x.detach() * scale if x.dtype.is_floating_point else x for name, x in inputs.items()}
+    here, there = module(**inputs), module(**scaled)
+    assert torch.equal(here.connection, there.connection)
+    assert_near(there.relevance, here.relevance, 1e-5)
+
+
+# N images with M texts
+
+
+@pytest.mark.parametrize("candidates", [None, 2, 4])
+def test_several_texts_per_image(candidates):
+    """The blocks are those of a batch in which every image stands once for each of its texts."""
+    index = torch.tensor([0, 2, 1, 0, 2, 2])
+    wide = {name: x.detach() for name, x in graph_inputs(n=6, dtype=DOUBLE).items()}
+    once = {name: x[:3] if name.startswith("image") else x for name, x in wide.items()}
+    module = graph_module(candidates=candidates, neighbor_ratio=1.0)
+    graph = module(**once, image_index=index)
+    assert graph.num_images == 3
+    assert graph.connection.shape == graph.relevance.shape == (9, 9)
+    repeated = {name: x[index] if name.startswith("image") else x for name, x in once.items()}
+    expected = graph_module(neighbor_ratio=1.0)(**repeated)
+    first = torch.tensor([0, 2, 1])  # where image 0, 1, 2 stands first in the repeated batch
+    for name in ("i2i", "i2t", "t2i", "t2t"):
+        rows, columns = (first if side == "i" else torch.arange(6) for side in (name[0], name[2]))
+        block, want = graph.block(name), expected.block(name)
+        on_edges = block.connection
+        assert_near(block.relevance[on_edges], want.relevance[rows][:, columns][on_edges], 1e-12, name)
+        assert on_edges.all() or candidates in (2, 4)
+    value = module.regularization(graph, once["image_embedding"], once["text_embedding"])
+    assert torch.isfinite(value)
+    assert value > 0
+
+
+def test_image_index_is_checked():
+    inputs = graph_inputs(n=4)
+    texts = {name: torch.cat([x, x]) if name.startswith("text") else x for name, x in inputs.items()}
+    with pytest.raises(ValueError, match=r"text_embedding must have shape \(4, 16\)"):
+        graph_module()(**texts)
+    for bad, error in (
+        (torch.arange(8), ValueError), (torch.arange(8.0), TypeError), (torch.arange(7) % 4, ValueError),
+        (-torch.ones(8, dtype=torch.long), ValueError), ([0] * 8, TypeError),
+        (torch.ones(8, dtype=torch.bool), TypeError),
+    ):  # fmt: skip
+        with pytest.raises(error, match="image_index"):
+            graph_module()(**texts, image_index=bad)
+
+
+# own alignment
+
+
+def test_own_alignment():
+    seen = []
+
+    def mine(images, texts, image_mask, text_mask, topk):
+        seen.append(topk)
+        return align_fragments(images, texts, image_mask, text_mask, topk=topk, mode="dot")
+
+    inputs = graph_inputs(dtype=DOUBLE)
+    here, there = graph_module(alignment=mine)(**inputs), graph_module(alignment="dot")(**inputs)
+    assert seen == [3]
+    assert torch.equal(here.connection, there.connection)
+    assert torch.equal(here.relevance, there.relevance)
+    for bad in (lambda *_: 3, lambda *given: tuple(mine(*given)), lambda *given: mine(*given[:4], 2)):
+        with pytest.raises((TypeError, ValueError), match="alignment"):
+            graph_module(alignment=bad)(**inputs)
+    with pytest.raises(ValueError, match="candidates"):
+        graph_module(alignment=mine, candidates=2)
+    with pytest.raises(ValueError, match="alignment"):
+        AssociationGraph(alignment="cosin")

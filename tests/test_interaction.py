@@ -10,7 +10,7 @@ from support import assert_near, generator, gradients
 from torch import nn
 from torch.nn.functional import normalize
 
-from hrem_layers import RelationGraph, RelationInteraction
+from hrem_layers import RelationGraph, RelationInteraction, TransformerLayer
 
 DOUBLE, D, HEADS, N = torch.float64, 8, 2, 5
 MECHANISMS = ("fusion", "standalone")
@@ -18,7 +18,7 @@ MECHANISMS = ("fusion", "standalone")
 
 def interaction(**options):
     torch.manual_seed(1)
-    module = RelationInteraction(D, num_heads=HEADS, **options).double().eval()
+    module = RelationInteraction(D, num_heads=HEADS, **{"residual": False, **options}).double().eval()
     with torch.no_grad():  # away from biases of 0 and scales of 1
         for parameter in module.parameters():
             parameter.add_(0.2 * torch.randn_like(parameter))
@@ -56,7 +56,7 @@ def bias_of(connection, relevance, weight):
 
 def fusion_by_hand(module, v, u, graph):
     x = torch.cat([normalize(v, dim=1), normalize(u, dim=1)])
-    bias = bias_of(*graph, module.relation_weight)
+    bias = bias_of(*graph[:2], module.relation_weight)
     for layer in module.layers:
         x = torch_layer(layer)(x, bias)
     return x[: len(v)], x[len(v) :]
@@ -64,7 +64,7 @@ def fusion_by_hand(module, v, u, graph):
 
 def standalone_by_hand(module, v, u, graph):
     n = len(v)
-    a, s = graph
+    a, s = graph.connection, graph.relevance
     w = module.relation_weight
     x, y = normalize(v, dim=1), normalize(u, dim=1)
     for layer in module.layers:
@@ -174,7 +174,7 @@ def test_order_of_the_batch(mechanism):
     order = torch.tensor([3, 0, 4, 1, 2])
     both = torch.cat([order, order + N])
     here = module(v, u, graph)
-    there = module(v[order], u[order], RelationGraph(*(x[both][:, both] for x in graph)))
+    there = module(v[order], u[order], RelationGraph(*(x[both][:, both] for x in graph[:2])))
     for x, y in zip(there, here, strict=True):
         assert_near(x, y[order], 1e-12)
 
@@ -236,3 +236,101 @@ def test_half_types(mechanism, dtype):
     # float32 relevance, as the graph gives it under autocast, is welcome to half embeddings
     mixed = interaction(mechanism=mechanism).to(dtype)(v, u, graph._replace(relevance=graph.relevance.float()))
     assert torch.equal(mixed[0], half[0])
+
+
+@pytest.mark.parametrize("mechanism", MECHANISMS)
+def test_residual_adds_the_plain_direction(mechanism):
+    bare, module = interaction(mechanism=mechanism), interaction(mechanism=mechanism, residual=True)
+    module.load_state_dict(bare.state_dict())
+    v, u = torch.randn(N, D, dtype=DOUBLE), 7 * torch.randn(N, D, dtype=DOUBLE)
+    graph = RelationGraph(torch.rand(2 * N, 2 * N) < 0.7, torch.randn(2 * N, 2 * N, dtype=DOUBLE))
+    for got, x, plain in zip(module(v, u, graph), bare(v, u, graph), (v, u), strict=True):
+        assert_near(got, normalize(plain, dim=1) + normalize(x, dim=1), 1e-12)
+
+
+class Collapsed(nn.Module):
+    def forward(self, x, bias=None, context=None):
+        return torch.ones_like(x)
+
+
+def test_residual_keeps_apart_what_a_collapsed_layer_makes_equal():
+    v, u = torch.randn(N, D), torch.randn(N, D)
+    graph = RelationGraph(torch.ones(2 * N, 2 * N, dtype=torch.bool), torch.zeros(2 * N, 2 * N))
+    enhanced, _ = RelationInteraction(D, layer=Collapsed)(v, u, graph)
+    assert torch.pdist(normalize(enhanced, dim=1)).min() > 0.05
+    enhanced, _ = RelationInteraction(D, layer=Collapsed, residual=False)(v, u, graph)
+    assert torch.pdist(enhanced).max() == 0
+
+
+@pytest.mark.parametrize("mechanism", MECHANISMS)
+@pytest.mark.parametrize(("n", "m"), [(2, 5), (5, 2), (1, 3)])
+def test_n_images_with_m_texts(mechanism, n, m):
+    """Rectangular blocks are what is left of square ones when the other nodes have no edges."""
+    module, big = interaction(mechanism=mechanism), max(n, m)
+    v, u = torch.randn(big, D, dtype=DOUBLE), torch.randn(big, D, dtype=DOUBLE)
+    there = torch.cat([torch.arange(big) < n, torch.arange(big) < m])
+    connection = (torch.rand(2 * big, 2 * big) < 0.7) & there.unsqueeze(0) & there.unsqueeze(1)
+    relevance = torch.randn(2 * big, 2 * big, dtype=DOUBLE)
+    whole = module(v, u, RelationGraph(connection, relevance))
+    part = RelationGraph(connection[there][:, there], relevance[there][:, there], num_images=n)
+    for got, expected, count in zip(module(v[:n], u[:m], part), whole, (n, m), strict=True):
+        assert_near(got, expected[:count], 1e-12)
+
+
+@pytest.mark.parametrize("layers", ["fusion", "standalone"])
+def test_a_factory_brings_another_layer(layers):
+    made = []
+
+    def factory():
+        made.append(TransformerLayer(D, num_heads=HEADS, norm_first=True, activation="gelu"))
+        return made[-1]
+
+    module = RelationInteraction(D, mechanism=layers, num_layers=2, layer=factory)
+    assert len(made) == (2 if layers == "fusion" else 8)
+    assert {id(x) for x in made} <= {id(x) for x in module.modules()}
+    graph = RelationGraph(torch.ones(2 * N, 2 * N, dtype=torch.bool), torch.zeros(2 * N, 2 * N))
+    sum(x.sum() for x in module(torch.randn(N, D), torch.randn(N, D), graph)).backward()
+    assert all(p.grad is not None for p in module.parameters())
+
+
+def test_a_factory_that_is_none_is_refused():
+    one = TransformerLayer(D, num_heads=HEADS)
+    for bad, error in ((one, TypeError), (lambda: 3, TypeError), (lambda: one, ValueError), ("gelu", TypeError)):
+        with pytest.raises(error, match="layer must"):
+            RelationInteraction(D, num_layers=2, layer=bad)
+
+
+def test_excluded_pairs_do_not_meet_over_a_third_node():
+    """Standalone: what an image becomes does not depend on its own text, whatever the edges."""
+    module = interaction(mechanism="standalone")
+    v, u = torch.randn(N, D, dtype=DOUBLE), torch.randn(N, D, dtype=DOUBLE, requires_grad=True)
+    connection = torch.rand(2 * N, 2 * N) < 0.6
+    own = torch.eye(N, dtype=torch.bool)
+    connection[:N, N:] &= ~own
+    connection[N:, :N] &= ~own
+    relevance = torch.randn(2 * N, 2 * N, dtype=DOUBLE)
+    leaky, tight = (RelationGraph(connection, relevance, N, None, e) for e in (None, own))
+
+    def reach(graph):
+        images, _ = module(v, u, graph)
+        rows = [torch.autograd.grad(images[i].square().sum(), u, retain_graph=True)[0].abs().sum(1) for i in range(N)]
+        return torch.stack(rows)
+
+    assert reach(leaky).diagonal().any()
+    assert not reach(tight).diagonal().any()
+    assert reach(tight).any()
+
+
+@pytest.mark.parametrize("mechanism", MECHANISMS)
+@pytest.mark.parametrize("where", ["embedding", "relevance on an edge"])
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_what_is_not_finite_goes_on(mechanism, where, bad):
+    module = interaction(mechanism=mechanism)
+    v, u = torch.randn(N, D, dtype=DOUBLE), torch.randn(N, D, dtype=DOUBLE)
+    relevance = torch.randn(2 * N, 2 * N, dtype=DOUBLE)
+    if where == "embedding":
+        v[1, 2] = bad
+    else:
+        relevance[1] = bad
+    images, _ = module(v, u, RelationGraph(torch.ones(2 * N, 2 * N, dtype=torch.bool), relevance))
+    assert not torch.isfinite(images[1]).any()

@@ -61,7 +61,7 @@ def assert_same_gradients(actual, expected, tolerance):
 
 
 def by_hand(module, b, pair):
-    """The terms from the parts, as section 6 of the contract puts them together."""
+    """The terms from the parts, as the definition of the loss puts them together."""
     v, u, r, c, r_mask, c_mask, ids = b.values()
     v, u = normalize(v, dim=1), normalize(u, dim=1)
     graph = module.graph(v, u, r, c, r_mask, c_mask)
@@ -194,7 +194,7 @@ def test_warmup_trains_the_plain_embeddings_alone_and_then_everything():
     full = hrem().terms(**b)
     for step in range(4):
         terms = module.terms(**b)
-        assert_near(terms.enhanced, full.enhanced, 1e-12)  # still reported
+        assert_near(terms.enhanced, full.enhanced if step >= 2 else torch.zeros_like(full.enhanced), 1e-12)
         assert_near(terms.total, terms.base if step < 2 else full.total, 1e-12)
         grads = all_gradients(module, b, terms.total)
         relational = [name for name in grads if name.startswith(("graph.", "interaction.")) or "fragments" in name]
@@ -447,3 +447,282 @@ def test_defaults_are_those_of_the_contract():
 def test_gather_distributed_without_a_process_group_changes_nothing():
     b = inputs()
     assert torch.equal(hrem(gather_distributed=True)(**b), hrem()(**b))
+
+
+# what is not needed is not computed
+
+
+def counted(module, b, *, terms=True):
+    """Calls of graph, interaction and regulariser in one call."""
+    calls = {"graph": 0, "interaction": 0, "regularization": 0}
+
+    def count(name):
+        def hook(*_):
+            calls[name] += 1
+
+        return hook
+
+    handles = [getattr(module, name).register_forward_hook(count(name)) for name in ("graph", "interaction")]
+    regularization = module.graph.regularization
+    module.graph.regularization = lambda *x, **y: count("regularization")() or regularization(*x, **y)
+    module(**b)
+    del module.graph.regularization
+    for handle in handles:
+        handle.remove()
+    return tuple(calls.values())
+
+
+@pytest.mark.parametrize(
+    ("weights", "expected"),
+    [((1, 1, 1), (1, 1, 1)), ((1, 0, 0), (1, 1, 0)), ((0, 1, 0), (1, 1, 0)), ((0, 0, 0), (0, 0, 0)),
+     ((0, 0, 1), (1, 1, 1))],
+)  # fmt: skip
+def test_weights_of_zero_cost_nothing(weights, expected):
+    names = "enhanced_weight", "cross_weight", "regularization_weight"
+    assert counted(hrem(**dict(zip(names, map(float, weights), strict=True))), inputs()) == expected
+
+
+def test_warmup_computes_the_base_term_alone_and_hides_no_gradient():
+    module, b = hrem(warmup_steps=1), inputs()
+    with torch.no_grad():
+        module.graph.mlp_i2t[2].bias.fill_(math.nan)
+    total = module(**b)
+    total.backward()
+    assert torch.isfinite(total)
+    assert all(torch.isfinite(x.grad).all() for x in b.values() if x.grad is not None)
+    assert b["image_embedding"].grad.any()
+    assert all(p.grad is None for p in module.relation_parameters())
+    assert counted(hrem(warmup_steps=1), inputs()) == (0, 0, 0)
+    assert not torch.isfinite(module(**b))  # after it nothing is hidden
+
+
+@pytest.mark.parametrize("name", ["image_embedding", "text_embedding", "image_fragments", "text_fragments"])
+@pytest.mark.parametrize("pair_loss", [*PAIR_LOSSES, TripletLoss()])
+def test_what_is_not_finite_makes_the_loss_not_finite(name, pair_loss):
+    b = {key: x.detach().clone() for key, x in inputs().items()}
+    place = b[name.replace("fragments", "mask")][1].nonzero()[0] if name.endswith("fragments") else ()
+    b[name][(1, *place, 2)] = math.nan
+    assert not torch.isfinite(hrem(pair_loss)(**b))
+    if name.endswith("embedding"):
+        assert not torch.isfinite(hrem(pair_loss, warmup_steps=1)(**b))
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_activation_checkpointing_at_the_end_of_the_warmup(reentrant):
+    plain, saved = hrem(warmup_steps=2), hrem(warmup_steps=2)
+    for step in range(4):
+        grads = []
+        for module in (plain, saved):
+            b = inputs(seed=step)
+            if module is saved:
+                total = torch.utils.checkpoint.checkpoint(module, *b.values(), use_reentrant=reentrant)
+            else:
+                total = module(**b)
+            total.backward()
+            grads.append([x.grad for x in b.values() if x.dtype.is_floating_point and x.requires_grad])
+        for x, y in zip(*grads, strict=True):
+            assert (x is None and y is None) or torch.equal(x, y), step
+    assert plain.step.item() == saved.step.item() == 4
+
+
+def test_warmup_compiles_in_one_graph_per_phase():
+    graphs = []
+
+    def backend(graph, _):
+        graphs.append(graph)
+        return graph
+
+    torch._dynamo.reset()
+    module, b = hrem(warmup_steps=3), inputs()
+    twin = copy.deepcopy(module)
+    compiled = torch.compile(module, backend=backend, fullgraph=True)
+    for _ in range(7):
+        assert_near(compiled(**b), twin(**b), 1e-12)
+    assert len(graphs) == 2
+    assert module.step.item() == 7
+
+
+def test_a_copy_counts_for_itself():
+    first = hrem(warmup_steps=2)
+    first(**inputs())
+    second = copy.deepcopy(first)
+    second(**inputs())
+    second(**inputs())
+    assert (first.step.item(), second.step.item()) == (1, 3)
+    assert first._counter.warming
+    assert not second._counter.warming
+    first.warmup_steps = 0
+    assert not first._counter.warming
+    with pytest.raises(ValueError, match="warmup_steps"):
+        first.warmup_steps = -1
+
+
+def test_six_products_of_embeddings_per_step():
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    n, seen = 32, []
+    b = batch(n=n, dim=D, grad=False, dtype=torch.float32)
+
+    class Count(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            if func is torch.ops.aten.mm.default and tuple(out.shape) == (n, n):
+                seen.append(func)
+            return out
+
+    module = hrem(dtype=torch.float32)
+    with Count(), torch.no_grad():
+        module(**b)
+    assert len(seen) == 6
+
+
+# own parts
+
+
+def test_a_pair_loss_per_term():
+    b, seen = inputs(), []
+
+    def named(name, value):
+        def loss(similarity, positives):
+            seen.append(name)
+            return similarity.sum() * 0 + value
+
+        return loss
+
+    module = hrem(named("base", 1.0), enhanced_pair_loss=named("enhanced", 2.0), cross_pair_loss=named("cross", 3.0))
+    terms = module.terms(**b)
+    assert [x.item() for x in terms[1:5]] == [1.0, 2.0, 3.0, 3.0]
+    assert sorted(seen) == ["base", "cross", "cross", "enhanced"]
+
+
+def test_relate_gives_what_the_terms_are_made_of():
+    module, b = hrem(warmup_steps=5), inputs()
+    graph, v, u = module.relate(**b)
+    expected = by_hand(module.eval(), b, module.pair_loss)
+    positives = b["image_ids"].unsqueeze(1) == b["image_ids"]
+    assert_near(module.pair_loss(v @ u.t(), positives), expected["enhanced"], 1e-12)
+    assert_near(module.graph.regularization(graph, b["image_embedding"], b["text_embedding"]),
+                expected["regularization"], 1e-12)  # fmt: skip
+    assert module.step.item() == 0
+
+
+def test_parts_that_return_the_wrong_thing_are_named():
+    class Wrong(nn.Module):
+        def __init__(self, result):
+            super().__init__()
+            self.result = result
+
+        def forward(self, *_, **__):
+            return self.result
+
+    class WrongGraph(Wrong):
+        def regularization(self, *_, **__):
+            return torch.zeros(())
+
+    b = inputs()
+    for options, message in (
+        ({"graph": WrongGraph(3)}, "graph must be a RelationGraph"),
+        ({"graph": WrongGraph((1, 2))}, "graph must be a RelationGraph"),
+        ({"interaction": Wrong(torch.zeros(2))}, "interaction must return"),
+        ({"interaction": Wrong((torch.zeros(2, 2), torch.zeros(2, 2)))}, "what interaction returns as image_enhanced"),
+        ({"interaction": Wrong((1, 2))}, "what interaction returns as image_enhanced"),
+    ):
+        with pytest.raises((TypeError, ValueError), match=message):
+            HREMLoss(D, **{"interaction": RelationInteraction(D, num_heads=2), **options}).double()(**b)
+
+
+def test_embed_dim_that_no_sixteen_heads_fit():
+    with pytest.raises(ValueError, match=r"interaction=RelationInteraction\(300, num_heads=15\)"):
+        HREMLoss(300)
+    with pytest.raises(ValueError, match="num_heads=15 would fit"):
+        RelationInteraction(300)
+
+
+def test_relation_parameters():
+    module = hrem()
+    relation = set(module.relation_parameters())
+    assert relation == {*module.graph.parameters(), *module.interaction.parameters()}
+
+
+# dtypes
+
+
+@pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16, DOUBLE])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, DOUBLE])
+def test_any_dtype_of_encoder_with_any_dtype_of_module(weights, dtype):
+    module = hrem(dtype=weights)
+    b = inputs(dtype=dtype)
+    total = module(**b)
+    assert total.dtype == (DOUBLE if dtype == DOUBLE else torch.float32)
+    total.backward()
+    assert all(torch.isfinite(x.grad).all() for x in b.values() if x.grad is not None)
+    mixed = {**inputs(dtype=torch.float32), "text_embedding": b["text_embedding"]}
+    assert torch.isfinite(module(**mixed))
+
+
+@pytest.mark.parametrize("scale", [1e-20, 1e19])
+def test_very_long_and_very_short_vectors_train(scale):
+    module, b = hrem(dtype=torch.float32), inputs(dtype=torch.float32)
+    scaled = {name: (x.detach() * scale).requires_grad_() if x.dtype.is_floating_point else x for name, x in b.items()}
+    assert_near(module(**scaled), module(**b), 1e-4)
+    module(**scaled).backward()
+    assert scaled["image_embedding"].grad.any()
+    assert torch.isfinite(scaled["image_embedding"].grad).all()
+
+
+# N images with M texts, own positives
+
+
+@pytest.mark.parametrize("mechanism", ["fusion", "standalone"])
+@pytest.mark.parametrize("pair_loss", PAIR_LOSSES)
+@pytest.mark.parametrize("graph", [{}, {"candidates": 3}, {"exclude_positives": True}])
+def test_several_texts_per_image(mechanism, pair_loss, graph):
+    index = torch.tensor([2, 0, 1, 1, 0])
+    b = inputs(n=5)
+    once = {name: x[:3] if name.startswith("image") else x for name, x in b.items() if name != "image_ids"}
+    module = hrem(pair_loss, mechanism=mechanism, graph=graph)
+    terms = module.terms(**once, image_index=index)
+    positives = torch.arange(3).unsqueeze(1) == index
+    similarity = normalize(once["image_embedding"], dim=1) @ normalize(once["text_embedding"], dim=1).t()
+    assert_near(terms.base, module.pair_loss(similarity, positives), 1e-12)
+    assert torch.equal(module(**once, positives=positives, image_index=index), terms.total)
+    order = torch.tensor([4, 2, 0, 3, 1])  # the texts in another order
+    moved = {name: x[order] if name.startswith("text") else x for name, x in once.items()}
+    assert_near(module(**moved, image_index=index[order]), terms.total, 1e-11)
+    identity = module(**inputs(), image_index=torch.arange(6))
+    assert torch.equal(identity, module(**inputs()))
+    ids = torch.tensor([5, 7, 5])  # images 0 and 2 show the same
+    assert not torch.equal(module(**once, image_index=index, image_ids=ids), terms.total)
+
+
+def test_positives_of_the_callers_own():
+    seen = []
+
+    def pair_loss(similarity, positives):
+        seen.append(positives)
+        return similarity.sum()
+
+    b = {name: x for name, x in inputs(n=4).items() if name != "image_ids"}
+    positives = torch.rand(4, 4) < 0.5
+    hrem(pair_loss)(**b, positives=positives)
+    assert all(torch.equal(x, positives) for x in seen)
+    with pytest.raises(ValueError, match="positives and image_ids"):
+        hrem()(**inputs(n=4), positives=positives)
+    with pytest.raises(TypeError, match="positives"):
+        hrem()(**b, image_ids=positives)
+    for bad in (positives.float(), positives[:3], "all", positives.tolist()):
+        with pytest.raises((TypeError, ValueError), match="positives"):
+            hrem()(**b, positives=bad)
+
+
+@pytest.mark.parametrize(("r", "w"), [(1, 1), (1, 3), (3, 1)])
+@pytest.mark.parametrize("mode", ["scan", "cosine"])
+def test_order_of_a_batch_with_single_fragments_and_twins(r, w, mode):
+    b = {name: x.detach().clone() for name, x in inputs(n=7, r=r, w=w, dtype=torch.float32).items()}
+    for x in b.values():
+        x[5:] = x[:2]
+    module = hrem(graph={"alignment": mode}, dtype=torch.float32)
+    expected = module(**b)
+    for seed in range(6):
+        order = torch.randperm(7, generator=torch.Generator().manual_seed(seed))
+        assert_near(module(**{name: x[order] for name, x in b.items()}), expected, 1e-4)

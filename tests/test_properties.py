@@ -112,7 +112,7 @@ def make(name):
 
 
 def tensors_of(out):
-    return [out] if isinstance(out, torch.Tensor) else list(out)
+    return [out] if isinstance(out, torch.Tensor) else [x for x in out if isinstance(x, torch.Tensor)]
 
 
 def flat(inputs):
@@ -120,7 +120,9 @@ def flat(inputs):
     parts = {}
     for name, x in inputs.items():
         parts |= (
-            {f"{name}.{field}": y for field, y in x._asdict().items()} if isinstance(x, RelationGraph) else {name: x}
+            {f"{name}.{field}": getattr(x, field) for field in ("connection", "relevance")}
+            if isinstance(x, RelationGraph)
+            else {name: x}
         )
     return parts
 

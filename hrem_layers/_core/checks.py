@@ -12,7 +12,7 @@ from collections.abc import Collection
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 """What floating-point tensors may be; 8-bit floats have no arithmetic."""
@@ -30,7 +30,7 @@ def said(value: object) -> str:
 
 def check_int(name: str, value: object, *, minimum: int, maximum: int = 2**63 - 1) -> int:
     """An int in ``[minimum, maximum]``, NumPy's included; a bool is none."""
-    if isinstance(value, bool | np.bool_) or not isinstance(value, numbers.Integral):
+    if isinstance(value, (bool, np.bool_)) or not isinstance(value, numbers.Integral):
         raise TypeError(f"{name} must be an int, got {said(value)}")
     number = int(value)
     if number < minimum:
@@ -50,7 +50,7 @@ def check_number(
     below: float = math.inf,
 ) -> float:
     """A finite real number in ``[minimum, maximum]`` and strictly between ``above`` and ``below``."""
-    if isinstance(value, bool | np.bool_) or not isinstance(value, int | float | np.integer | np.floating):
+    if isinstance(value, (bool, np.bool_)) or not isinstance(value, (int, float, np.integer, np.floating)):
         raise TypeError(f"{name} must be a number, got {said(value)}")
     try:
         number = float(value)
@@ -72,7 +72,7 @@ def check_number(
 
 
 def check_bool(name: str, value: object) -> bool:
-    if not isinstance(value, bool | np.bool_):
+    if not isinstance(value, (bool, np.bool_)):
         raise TypeError(f"{name} must be True or False, got {said(value)}")
     return bool(value)
 
@@ -113,13 +113,28 @@ def check_index_tensor(
 
 
 def check_bool_tensor(
-    name: str, tensor: object, shape: tuple[int | str, ...], *, device: torch.device | None = None
+    name: str,
+    tensor: object,
+    shape: tuple[int | str, ...],
+    *,
+    device: torch.device | None = None,
+    meaning: str = "real",
 ) -> Tensor:
-    """A dense bool tensor of the given shape."""
+    """A dense bool tensor of the given shape, in which True stands for ``meaning``."""
     checked = _check_dense(name, tensor, shape, device, "a bool tensor")
     if checked.dtype != torch.bool:
-        raise TypeError(f"{name} must be a bool tensor (True = real), got {describe(checked)}")
+        raise TypeError(f"{name} must be a bool tensor (True = {meaning}), got {describe(checked)}")
     return checked
+
+
+def check_same_device(name: str, tensor: Tensor, module: nn.Module) -> None:
+    """``tensor`` must lie where the module's weights do."""
+    for weight in module.parameters():
+        if weight.device != tensor.device:
+            raise ValueError(
+                f"{name} must be on {weight.device} like the weights of {type(module).__name__}, got {describe(tensor)}"
+            )
+        break
 
 
 def _check_dense(

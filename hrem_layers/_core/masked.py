@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hrem_layers._core.numerics import compute_dtype
+from hrem_layers._core.numerics import compute_dtype, tie_tolerance
 
 
 def zero_padding(x: Tensor, mask: Tensor | None) -> Tensor:
@@ -31,13 +31,26 @@ def masked_max_k_mean(x: Tensor, mask: Tensor | None, k: int) -> Tensor:
     """Per dimension, the mean of the ``k`` largest real values: x (N, R, D), mask (N, R) -> (N, D).
 
     An item with fewer than ``k`` real rows averages those it has; one without any gives 0. Neither
-    changes ``k`` for the other items.
+    changes ``k`` for the other items. Values that tie with the k-th (a few ulp apart) share its gradient.
     """
     wide = x.to(compute_dtype(x.dtype))
     k = min(k, x.shape[1])
-    if mask is None:
-        return wide.topk(k, dim=1).values.mean(dim=1).to(x.dtype)
-    largest = wide.masked_fill(~mask.unsqueeze(-1), -torch.inf).topk(k, dim=1).values  # [n, k, d]
-    count = mask.sum(dim=1).clamp(max=k)  # [n]
-    taken = torch.arange(k, device=x.device) < count.unsqueeze(1)  # [n, k]
-    return masked_mean(largest, taken).to(x.dtype)
+    if mask is not None:
+        wide = zero_padding(wide, mask)
+    with torch.no_grad():
+        ranked = wide if mask is None else wide.masked_fill(~mask.unsqueeze(-1), -torch.inf)
+        largest = ranked.topk(k, dim=1).values  # [n, k, d]
+        if mask is None:
+            last, taken = largest[:, -1:], k
+        else:
+            taken = mask.sum(dim=1).clamp(max=k).view(-1, 1, 1)  # [n, 1, 1]
+            last = largest.gather(1, (taken - 1).clamp(min=0).expand(-1, 1, x.shape[2]))  # [n, 1, d]
+        tolerance = tie_tolerance(wide.dtype) * last.abs()
+        above = ranked > last + tolerance
+        tied = (ranked - last).abs() <= tolerance  # -inf - -inf is NaN: padding ties with nothing
+        if mask is not None:
+            tied &= mask.unsqueeze(-1)
+        above, tied = above.to(wide.dtype), tied.to(wide.dtype)
+        share = (taken - above.sum(dim=1, keepdim=True)) / tied.sum(dim=1, keepdim=True).clamp(min=1)
+        weights = (above + tied * share) / (taken if mask is None else taken.clamp(min=1))  # [n, r, d]
+    return (wide * weights).sum(dim=1).to(x.dtype)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -37,19 +37,22 @@ def autocast_off(device: torch.device) -> AbstractContextManager[object]:
 def l2_normalize(x: Tensor) -> Tensor:
     """``x / ‖x‖₂`` over the last dimension, in the dtype of ``x``; the norm is taken in float32 or better.
 
-    A zero vector stays zero and gets a zero gradient. (A norm clamped to a small epsilon instead
-    would hand such a vector the gradient divided by that epsilon.)
+    Rows of any length: each is first divided by its largest magnitude, so that no square over- or underflows.
+    A zero row (all magnitudes up to ``finfo.tiny``) gives zeros and a zero gradient. (A norm clamped to a small
+    epsilon instead would hand such a row the gradient divided by that epsilon.) A row that is not finite gives NaN.
     """
     wide = x.to(compute_dtype(x.dtype))
-    norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
-    # 1 / norm² appears in the gradient and must not overflow
-    return (wide * safe_reciprocal(norm, torch.finfo(wide.dtype).tiny ** 0.5)).to(x.dtype)
+    peak = wide.detach().abs().amax(dim=-1, keepdim=True)
+    zero = peak <= torch.finfo(wide.dtype).tiny  # a NaN is not: it goes on
+    scaled = wide / peak.masked_fill(zero, 1)
+    norm = torch.linalg.vector_norm(scaled, dim=-1, keepdim=True)
+    return (scaled / norm.masked_fill(zero, 1)).masked_fill(zero, 0).to(x.dtype)
 
 
 def safe_reciprocal(x: Tensor, smallest: float) -> Tensor:
-    """``1 / x`` where ``x > smallest``, elsewhere 0 with zero gradient."""
-    nonzero = x > smallest
-    return torch.where(nonzero, 1 / torch.where(nonzero, x, 1), 0)
+    """``1 / x``, but 0 with zero gradient where ``x <= smallest``; NaN stays NaN."""
+    zero = x <= smallest
+    return (1 / x.masked_fill(zero, 1)).masked_fill(zero, 0)
 
 
 def cosine_matrix(x: Tensor, y: Tensor) -> Tensor:
@@ -59,3 +62,11 @@ def cosine_matrix(x: Tensor, y: Tensor) -> Tensor:
     """
     with autocast_off(x.device):
         return x.to(compute_dtype(x.dtype)) @ y.to(compute_dtype(y.dtype)).t()
+
+
+def module_dtype(module: nn.Module) -> torch.dtype:
+    """The dtype of a module's weights, which it computes in; float32 if it has none."""
+    for parameter in module.parameters():
+        if parameter.dtype.is_floating_point:
+            return parameter.dtype
+    return torch.float32

@@ -1,6 +1,8 @@
-"""The post-norm transformer layer that every attention of the library runs on."""
+"""The transformer layer that every attention of the library runs on, and how a caller brings another."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -8,7 +10,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from hrem_layers._core.attention import attend
-from hrem_layers._core.checks import check_int, check_number
+from hrem_layers._core.checks import check_bool, check_choice, check_int, check_number, said
 
 
 class BiasedAttention(nn.Module):
@@ -30,8 +32,12 @@ class BiasedAttention(nn.Module):
         self.embed_dim = check_int("embed_dim", embed_dim, minimum=1)
         self.num_heads = check_int("num_heads", num_heads, minimum=1)
         self.dropout = check_number("dropout", dropout, minimum=0, below=1)
-        if embed_dim % num_heads:
-            raise ValueError(f"embed_dim must be a multiple of num_heads, got {embed_dim} and {num_heads}")
+        if self.embed_dim % self.num_heads:
+            fitting = max(h for h in range(1, self.num_heads) if self.embed_dim % h == 0)
+            raise ValueError(
+                f"embed_dim must be a multiple of num_heads, got {embed_dim} and {num_heads}; "
+                f"num_heads={fitting} would fit"
+            )
         self.in_proj_weight = nn.Parameter(torch.empty(3 * embed_dim, embed_dim))
         self.in_proj_bias = nn.Parameter(torch.empty(3 * embed_dim))
         self.out_proj = nn.Linear(embed_dim, embed_dim)
@@ -60,7 +66,7 @@ class BiasedAttention(nn.Module):
         q, k, v = (rearrange(x, "... n (h d) -> ... h n d", h=self.num_heads) for x in (q, k, v))
         reachable = None
         if bias is not None:
-            reachable = (bias > -torch.inf).any(dim=-1, keepdim=True)  # [..., n, 1]
+            reachable = ~(bias == -torch.inf).all(dim=-1, keepdim=True)  # [..., n, 1]; NaN is not -inf: it goes on
             # a row of -inf alone has no softmax: let it look anywhere, its result is dropped below
             bias = torch.where(reachable, bias, 0).to(q.dtype).unsqueeze(-3)  # [..., 1, n, m]
         out = attend(q, k, v, bias, self.dropout if self.training else 0.0)  # [..., h, n, d]
@@ -68,32 +74,87 @@ class BiasedAttention(nn.Module):
         return out if reachable is None else torch.where(reachable, out, 0)
 
 
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "gelu": F.gelu}
+
+
 class TransformerLayer(nn.Module):
-    """Attention and feed-forward, each followed by dropout, residual and LayerNorm (post-norm, ReLU).
+    """Attention and feed-forward, each with dropout, residual and LayerNorm (post-norm and ReLU, as in the release).
 
     With ``context=None`` this computes what :class:`torch.nn.TransformerEncoderLayer` computes, with
     the same parameter names; with a context it is the same layer as cross-attention.
 
     Args:
-        embed_dim: D.
+        embed_dim: D; a multiple of ``num_heads``.
         num_heads: heads of the attention.
         ffn_dim: width of the feed-forward layer; None = ``embed_dim``.
         dropout: dropout probability (attention weights, both residual branches, feed-forward), in [0, 1).
+        norm_first: normalise what goes into attention and feed-forward (pre-norm) instead of the sums after them.
+        activation: of the feed-forward, ``"relu"`` or ``"gelu"``.
+
+    Example:
+        >>> layer = TransformerLayer(32, num_heads=4, norm_first=True, activation="gelu")
+        >>> layer(torch.randn(2, 5, 32)).shape
+        torch.Size([2, 5, 32])
     """
 
-    def __init__(self, embed_dim: int, *, num_heads: int, ffn_dim: int | None = None, dropout: float = 0.0) -> None:
+    def __init__(
+        self,
+        embed_dim: int,
+        *,
+        num_heads: int,
+        ffn_dim: int | None = None,
+        dropout: float = 0.0,
+        norm_first: bool = False,
+        activation: str = "relu",
+    ) -> None:
         super().__init__()
         self.self_attn = BiasedAttention(embed_dim, num_heads=num_heads, dropout=dropout)
+        embed_dim = self.self_attn.embed_dim
         ffn_dim = embed_dim if ffn_dim is None else check_int("ffn_dim", ffn_dim, minimum=1)
+        self.norm_first = check_bool("norm_first", norm_first)
+        self.activation = check_choice("activation", activation, ACTIVATIONS)
         self.linear1 = nn.Linear(embed_dim, ffn_dim)
         self.linear2 = nn.Linear(ffn_dim, embed_dim)
         self.norm1 = nn.LayerNorm(embed_dim)
         self.norm2 = nn.LayerNorm(embed_dim)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = nn.Dropout(self.self_attn.dropout)
 
     def forward(self, x: Tensor, bias: Tensor | None = None, context: Tensor | None = None) -> Tensor:
-        """``x`` (..., n, D), ``context`` (..., m, D) or None = ``x``, ``bias`` (..., n, m) -> (..., n, D)."""
+        """
+        Args:
+            x: (..., n, D), what is changed.
+            bias: (..., n, m), added to the attention's scores; −inf removes a key. None = none.
+            context: (..., m, D), what ``x`` looks at; None = ``x``. With ``norm_first`` it goes through ``norm1`` too.
+
+        Returns:
+            (..., n, D).
+        """
+        if self.norm_first:
+            inner = self.norm1(x)
+            x = x + self.dropout(self.self_attn(inner, inner if context is None else self.norm1(context), bias))
+            return x + self.dropout(self._feed(self.norm2(x)))
         attended = self.self_attn(x, x if context is None else context, bias)
         x = self.norm1(x + self.dropout(attended))
-        fed = self.linear2(self.dropout(F.relu(self.linear1(x))))
-        return self.norm2(x + self.dropout(fed))
+        return self.norm2(x + self.dropout(self._feed(x)))
+
+    def _feed(self, x: Tensor) -> Tensor:
+        return self.linear2(self.dropout(ACTIVATIONS[self.activation](self.linear1(x))))
+
+
+LayerFactory = Callable[[], nn.Module]
+"""Makes one layer: a module ``(x, bias, context) -> x`` with the shapes of :class:`TransformerLayer`."""
+
+
+def make_layers(factory: LayerFactory | None, count: int, default: LayerFactory) -> list[nn.Module]:
+    """``count`` new layers of the caller's kind, or of the default one."""
+    if factory is None:
+        return [default() for _ in range(count)]
+    if not callable(factory) or isinstance(factory, nn.Module):
+        raise TypeError(f"layer must be a function without arguments that makes a layer, or None, got {said(factory)}")
+    made = [factory() for _ in range(count)]
+    for layer in made:
+        if not isinstance(layer, nn.Module):
+            raise TypeError(f"layer must make a torch.nn.Module, but made {said(layer)}")
+    if len({id(layer) for layer in made}) < count:
+        raise ValueError("layer must make a new module at every call, but made the same one twice")
+    return made

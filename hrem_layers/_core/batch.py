@@ -1,0 +1,93 @@
+"""One batch as the loss gets it: its fields, what is checked of them, and who belongs together."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from hrem_layers._core.checks import check_bool_tensor, check_index_tensor, check_tensor, describe
+
+
+class Batch(NamedTuple):
+    """N images and M texts; the fields are the arguments of :class:`hrem_layers.HREMLoss`."""
+
+    image_embedding: Tensor
+    text_embedding: Tensor
+    image_fragments: Tensor
+    text_fragments: Tensor
+    image_mask: Tensor | None
+    text_mask: Tensor | None
+    image_ids: Tensor | None
+    image_index: Tensor | None
+    positives: Tensor | None
+
+
+def check_batch(batch: Batch, embed_dim: int, *, empty: bool) -> None:
+    """Raises TypeError or ValueError where the fields do not fit; ``empty``: a batch of none is right as well."""
+    check_embeddings(batch.image_embedding, batch.text_embedding, batch.image_index, embed_dim, empty=empty)
+    n, m = batch.image_embedding.shape[0], batch.text_embedding.shape[0]
+    device = batch.image_embedding.device
+    check_fragments("image", batch.image_fragments, batch.image_mask, n, "F", device)
+    check_fragments("text", batch.text_fragments, batch.text_mask, m, batch.image_fragments.shape[2], device)
+    if batch.image_ids is not None:
+        if isinstance(batch.image_ids, Tensor) and batch.image_ids.dtype == torch.bool and batch.image_ids.dim() == 2:
+            raise TypeError("image_ids must be an integer tensor; give an (N, M) bool matrix of positives as positives")
+        check_index_tensor("image_ids", batch.image_ids, (n,), device=device)
+    check_positives(batch.positives, n, m, device)
+    if batch.positives is not None and batch.image_ids is not None:
+        raise ValueError("positives and image_ids both say which pairs belong together: give one of them")
+
+
+def check_embeddings(
+    image_embedding: Tensor, text_embedding: Tensor, image_index: Tensor | None, embed_dim: int | str, *, empty: bool
+) -> None:
+    """N images and M texts of one size; M = N unless ``image_index`` says which image each text describes."""
+    check_tensor("image_embedding", image_embedding, ("N", embed_dim))
+    (n, d), device = image_embedding.shape, image_embedding.device
+    if image_index is None:
+        check_tensor("text_embedding", text_embedding, (n, d), device=device)
+    else:
+        check_tensor("text_embedding", text_embedding, ("M", d), device=device)
+        check_image_index(image_index, n, text_embedding.shape[0], device)
+    if not empty:
+        for name, x in (("image_embedding", image_embedding), ("text_embedding", text_embedding)):
+            if x.shape[0] < 1:
+                raise ValueError(f"{name} must hold at least 1 item, got an empty batch")
+
+
+def check_image_index(image_index: Tensor, n: int, m: int, device: torch.device) -> None:
+    check_index_tensor("image_index", image_index, (m,), device=device)
+    # on a GPU a look at the values would make it wait; there the indexing itself stops at a wrong one
+    if device.type == "cpu" and m and not torch.compiler.is_compiling():
+        low, high = (int(x) for x in image_index.aminmax())
+        if low < 0 or high >= n:
+            raise ValueError(f"image_index must lie in [0, {n}), the rows of image_embedding, got {low} to {high}")
+
+
+def check_fragments(
+    side: str, fragments: Tensor, mask: Tensor | None, count: int, size: int | str, device: torch.device
+) -> None:
+    letter = "R" if side == "image" else "W"
+    check_tensor(f"{side}_fragments", fragments, (count, letter, size), device=device)
+    if fragments.shape[1] < 1:
+        raise ValueError(f"{side}_fragments must be at least 1 wide, got {describe(fragments)}")
+    if mask is not None:
+        check_bool_tensor(f"{side}_mask", mask, tuple(fragments.shape[:2]), device=device)
+
+
+def check_positives(positives: Tensor | None, n: int, m: int, device: torch.device) -> None:
+    if positives is not None:
+        check_bool_tensor("positives", positives, (n, m), device=device, meaning="the pair belongs together")
+
+
+def find_positives(
+    n: int, image_ids: Tensor | None, image_index: Tensor | None, positives: Tensor | None, device: torch.device
+) -> Tensor:
+    """(N, M) bool: the given matrix, else equal ids after indexing; without ids every row is an image of its own."""
+    if positives is not None:
+        return positives
+    ids = torch.arange(n, device=device) if image_ids is None else image_ids
+    text_ids = ids if image_index is None else ids[image_index]
+    return ids.unsqueeze(1) == text_ids.unsqueeze(0)

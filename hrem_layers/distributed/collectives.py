@@ -1,0 +1,129 @@
+r"""One global batch from the batches of all processes; the result is that of one process (docs/distributed.md).
+
+Why the gradients come out right. W processes, L the loss that one process would compute on the concatenated
+batch. DDP and FSDP average: a parameter ends up with :math:`\frac{1}{W}\sum_p g_p`, which is to be dL/dθ, so
+the gradients of the processes must add up to W · dL/dθ.
+
+- *Replicated* work: after :func:`gather_replicated` every process computes the same from the same inputs with
+  the same random numbers. A parameter used there gets dL/dθ on each process: together W · dL/dθ. A gathered
+  row x continues backwards on its owner alone, so the owner must pass on W · dL/dx. It has dL/dx already, as
+  have all, so the backward pass is "my slice, times W" and needs no communication.
+- *Shared* work: process p aligns its own texts with all images, and the blocks are put together by
+  ``gather_replicated``, which hands W · dL/d(block p) to p. Whatever made block p gets W times its part through
+  block p. Parameters used in all blocks: the parts add up to W · dL/dθ. The texts of p are in no other block:
+  W · dL/dc, complete. An image is in all blocks, so its owner must collect the parts: the backward pass of
+  :func:`gather_shared` sums over the processes (a reduce-scatter), W · dL/dr.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def is_distributed() -> bool:
+    """Whether there is a process group of more than one."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def gather_replicated(x: Tensor, sizes: tuple[int, ...]) -> Tensor:
+    """Rows of all processes, ``sizes`` of each; what follows is the same on all. Backward: my slice, times W."""
+    out: Tensor = _GatherReplicated.apply(x, sizes)
+    return out
+
+
+def gather_shared(x: Tensor, sizes: tuple[int, ...]) -> Tensor:
+    """Rows of all processes; what follows differs between them. Backward: my slice of the sum over all."""
+    out: Tensor = _GatherShared.apply(x, sizes)
+    return out
+
+
+def gather_constant(x: Tensor, sizes: tuple[int, ...]) -> Tensor:
+    """Rows of all processes, without gradient; on the way every part is as long as the longest."""
+    most = max(sizes)
+    wire = pad(x.detach(), 0, most).contiguous()
+    if x.dtype == torch.bool:
+        wire = wire.to(torch.uint8)
+    rows = wire.new_empty(len(sizes) * most, *x.shape[1:])
+    all_gather(rows, wire)
+    if min(sizes) < most:
+        rows = torch.cat([part[:size] for part, size in zip(rows.split(most), sizes, strict=True)])
+    return rows.to(x.dtype)
+
+
+def own_rows(sizes: tuple[int, ...], rank: int) -> slice:
+    """The rows of one process among those of all."""
+    start = sum(sizes[:rank])
+    return slice(start, start + sizes[rank])
+
+
+def pad(x: Tensor, dim: int, size: int) -> Tensor:
+    missing = size - x.shape[dim]
+    return F.pad(x, [0, 0] * (x.dim() - 1 - dim) + [0, missing]) if missing else x
+
+
+def all_gather(out: Tensor, x: Tensor) -> None:
+    # torch 2.13 renamed the collective and deprecates the old name
+    (dist.all_gather_single if hasattr(dist, "all_gather_single") else dist.all_gather_into_tensor)(out, x)
+
+
+def reduce_scatter(out: Tensor, x: Tensor) -> None:
+    (dist.reduce_scatter_single if hasattr(dist, "reduce_scatter_single") else dist.reduce_scatter_tensor)(out, x)
+
+
+class _GatherReplicated(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, sizes: tuple[int, ...]) -> Tensor:
+        ctx.sizes, ctx.rank = sizes, dist.get_rank()
+        return gather_constant(x, sizes)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad[own_rows(ctx.sizes, ctx.rank)] * len(ctx.sizes), None
+
+
+class _GatherShared(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, sizes: tuple[int, ...]) -> Tensor:
+        ctx.sizes, ctx.rank = sizes, dist.get_rank()
+        return gather_constant(x, sizes)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        most = max(ctx.sizes)
+        wire = torch.cat([pad(part, 0, most) for part in grad.split(ctx.sizes)])
+        mine = wire.new_empty(most, *wire.shape[1:])
+        reduce_scatter(mine, wire.contiguous())
+        return mine[: ctx.sizes[ctx.rank]], None
+
+
+@contextmanager
+def one_random_stream(device: torch.device) -> Iterator[None]:
+    """Inside, all processes draw the numbers that rank 0 draws; afterwards each has its own stream again.
+
+    This makes replicated work the same on all, dropout and sampled negatives included. Rank 0's generators
+    move on as they would in one process.
+    """
+    streams = [torch] if device.type == "cpu" else [torch, torch.get_device_module(device)]
+    arguments = [()] if device.type == "cpu" else [(), (device,)]
+    states = [stream.get_rng_state(*given) for stream, given in zip(streams, arguments, strict=True)]
+    wire = torch.cat(states).to(device)
+    dist.broadcast(wire, src=0)
+    keep: AbstractContextManager[None]
+    if dist.get_rank() == 0:
+        keep = nullcontext()
+    elif device.type == "cpu":
+        keep = torch.random.fork_rng(devices=[])
+    else:
+        keep = torch.random.fork_rng(devices=[device], device_type=device.type)
+    with keep:
+        parts = wire.cpu().split([len(state) for state in states])
+        for stream, state, given in zip(streams, parts, arguments, strict=True):
+            stream.set_rng_state(state.clone(), *given)
+        yield

@@ -1,0 +1,77 @@
+"""How the global batch lies over the processes: the exchange that a graph gets where there are several."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from hrem_layers._core.batch import Batch
+from hrem_layers.distributed.collectives import gather_constant, gather_replicated, gather_shared, own_rows, pad
+
+
+class Shares(NamedTuple):
+    """An :class:`hrem_layers._core.exchange.Exchange` over ``torch.distributed``."""
+
+    image_sizes: tuple[int, ...]
+    """Images of each process, in rank order."""
+    text_sizes: tuple[int, ...]
+    rank: int
+    image_width: int
+    """R of the widest process."""
+    text_width: int
+    image_masked: bool
+    """Whether the global batch has an image mask: some process has one, or is padded."""
+    text_masked: bool
+
+    @property
+    def travels(self) -> str:
+        images, texts = sum(self.image_sizes) * self.image_width, sum(self.text_sizes) * self.text_width
+        return "image" if images <= texts else "text"
+
+    def sizes(self, side: str) -> tuple[int, ...]:
+        return self.image_sizes if side == "image" else self.text_sizes
+
+    def own(self, side: str, total: int) -> slice:
+        return own_rows(self.sizes(side), self.rank)
+
+    def gather_fragments(self, side: str, fragments: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        rows = gather_shared(pad(fragments, 1, self._width(side)), self.sizes(side))
+        return rows, self.gather_mask(side, fragments, mask)
+
+    def gather_rows(self, side: str, x: Tensor) -> Tensor:
+        return gather_replicated(x, self.sizes(side))
+
+    def gather_pairs(self, i2t: Tensor, t2i: Tensor) -> tuple[Tensor, Tensor]:
+        texts_stay = self.travels == "image"
+        both = torch.stack([i2t.t(), t2i] if texts_stay else [i2t, t2i.t()], dim=1)  # [own, 2, all]: one collective
+        x, y = self.gather_rows("text" if texts_stay else "image", both).unbind(1)
+        return (x.t(), y) if texts_stay else (x, y.t())
+
+    def gather_mask(self, side: str, fragments: Tensor, mask: Tensor | None) -> Tensor | None:
+        if not (self.image_masked if side == "image" else self.text_masked):
+            return None
+        if mask is None:
+            mask = torch.ones(fragments.shape[:2], dtype=torch.bool, device=fragments.device)
+        return gather_constant(pad(mask, 1, self._width(side)), self.sizes(side))
+
+    def _width(self, side: str) -> int:
+        return self.image_width if side == "image" else self.text_width
+
+
+def gather_embeddings(batch: Batch, shares: Shares) -> Batch:
+    """The batch with the embeddings, ids and index of all processes, in rank order, for work that all of them
+    repeat; fragments and masks stay this process's own."""
+    v, u = batch.image_embedding, batch.text_embedding
+    if v.dtype == u.dtype and shares.image_sizes == shares.text_sizes:  # one collective for both
+        v, u = gather_replicated(torch.cat([v, u], dim=1), shares.image_sizes).split(v.shape[1], dim=1)
+    else:
+        v, u = gather_replicated(v, shares.image_sizes), gather_replicated(u, shares.text_sizes)
+    ids, index = batch.image_ids, batch.image_index
+    if ids is not None:
+        ids = gather_constant(ids.to(torch.long), shares.image_sizes)
+    if index is not None:
+        first = shares.own("image", 0).start
+        index = gather_constant(index.to(torch.long) + first, shares.text_sizes)
+    return Batch(v, u, *batch[2:6], ids, index, batch.positives)
