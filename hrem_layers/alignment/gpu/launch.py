@@ -14,7 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from hrem_layers.alignment.block import LEAKY_SLOPE, PairScores, Scores
+from hrem_layers.alignment.block import LEAKY_SLOPE
+from hrem_layers.alignment.scores import PairScores, Scores
 from hrem_layers.alignment.sides import Side, fragments_grad, make_side
 
 # Limits of a tile. What is wider runs as batched PyTorch.
