@@ -18,8 +18,8 @@ import pytest
 import torch
 
 from hrem_layers.alignment import align_fragments
-from hrem_layers.alignment.block import LEAKY_SLOPE, Scores
 from hrem_layers.alignment.gpu import launch
+from hrem_layers.alignment.scores import Scores
 
 needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="needs triton")
 
