@@ -99,7 +99,9 @@ def align_candidates(
     dtype, rounded = product_dtype(receiving, giving)
     wide = compute_dtype(torch.promote_types(receiving.dtype, giving.dtype))
     x, y = zero_padding(receiving, receiving_mask).to(wide), zero_padding(giving, giving_mask).to(wide)
-    if mode != "dot":
+    if mode == "dot":  # a product of −inf would hide behind the other maxima
+        x, y = (z.masked_fill(row_lengths(z.detach()).isnan(), torch.nan) for z in (x, y))
+    else:
         x, y = l2_normalize(x), l2_normalize(y)
     dtype = dtype if rounded else wide
     x, y = x.to(dtype), y.to(dtype)

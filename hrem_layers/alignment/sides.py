@@ -66,7 +66,9 @@ def make_side(fragments: Tensor, mask: Tensor | None, *, packed: bool, normalize
     if normalize:
         rows, inverse = unit_rows(rows.to(compute_dtype(dtype)))
     else:
-        lengths = row_lengths(rows).squeeze(1)
+        lengths = row_lengths(rows)
+        # a product of −inf would hide behind the other maxima
+        rows, lengths = rows.masked_fill(lengths.isnan(), torch.nan), lengths.squeeze(1)
         if source is not None and real is not None:
             lengths = lengths.new_zeros(n * width).masked_scatter_(real.flatten(), lengths)
         longest = lengths.view(n, width).amax(dim=1)
@@ -74,7 +76,7 @@ def make_side(fragments: Tensor, mask: Tensor | None, *, packed: bool, normalize
 
 
 def row_lengths(rows: Tensor) -> Tensor:
-    """‖row‖ (..., 1) of rows (..., d) of any length, in float32 or better."""
+    """‖row‖ (..., 1) of rows (..., d) of any length, in float32 or better; NaN for a row that is not finite."""
     return safe_reciprocal(unit_rows(rows.to(compute_dtype(rows.dtype)))[1], 0)
 
 
