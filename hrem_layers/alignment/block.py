@@ -78,7 +78,7 @@ def inverse_norms(s: Tensor, mode: str, *directions: Direction) -> list[Tensor |
         return [None] * len(directions)
     square, smallest = s * s, torch.finfo(s.dtype).eps ** 2
     sums = (square.sum(dim=direction.receive, keepdim=True) for direction in directions)
-    return [F.threshold_(x, smallest, torch.inf).rsqrt_() for x in sums]
+    return [torch.threshold_(x, smallest, torch.inf).rsqrt_() for x in sums]
 
 
 def maxima(

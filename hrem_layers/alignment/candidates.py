@@ -105,7 +105,8 @@ def align_candidates(
         x, y = l2_normalize(x), l2_normalize(y)
     dtype = dtype if rounded else wide
     x, y = x.to(dtype), y.to(dtype)
-    return _align_op(x, y, receiving_mask, giving_mask, index.long(), mode, topk, chunk_size)
+    mean, top = _align_op(x, y, receiving_mask, giving_mask, index.long(), mode, topk, chunk_size)
+    return mean, top
 
 
 def scatter_rows(values: Tensor, index: Tensor) -> Tensor:
@@ -176,7 +177,7 @@ def _align_backward_op(
             s, chosen = _similarity(x[rows], y, here)
             activate_(s, mode)
             (inverse,) = inverse_norms(s, mode, _DIRECTION)
-            margin = tie_margin(dtype, longest and (longest[0][here], longest[1][rows].unsqueeze(1)))  # [b, k]
+            margin = tie_margin(dtype, (longest[0][here], longest[1][rows].unsqueeze(1)) if longest else None)  # [b, k]
             margins = margin if isinstance(margin, float) else margin.unsqueeze(1)
             g, winners = maxima_and_winners(s, inverse, _giving(y_mask, here), _DIRECTION, margins)  # g: [b, m, k]
             grad_g = pool_backward(

@@ -165,8 +165,11 @@ def _sides(
     text_mask: Tensor | None,
     setting: Setting,
 ) -> tuple[Side, Side]:
-    options = {"packed": setting.packed, "normalize": setting.mode != "dot", "dtype": setting.dtype}
-    return make_side(image_fragments, image_mask, **options), make_side(text_fragments, text_mask, **options)
+    packed, normalize, dtype = setting.packed, setting.mode != "dot", setting.dtype
+    return (
+        make_side(image_fragments, image_mask, packed=packed, normalize=normalize, dtype=dtype),
+        make_side(text_fragments, text_mask, packed=packed, normalize=normalize, dtype=dtype),
+    )
 
 
 def _tiles(

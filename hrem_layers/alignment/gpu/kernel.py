@@ -1,3 +1,5 @@
+# mypy: ignore-errors
+# (values of a Triton program have no types that a checker knows)
 r"""The fused GPU kernels: a program computes a tile of image-text pairs from fragments to p and q.
 
 Imported only where it runs (it needs Triton). A program takes BT texts and BI images. It multiplies their

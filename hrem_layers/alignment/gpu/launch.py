@@ -154,8 +154,11 @@ def _inputs(
         place = torch.arange(1, w + 1, dtype=torch.int32, device=text_mask.device)
         extent, order = (text_mask * place).amax(dim=1).sort(stable=True)
         text_fragments, text_mask = text_fragments.index_select(0, order), text_mask.index_select(0, order)
-    options = {"packed": False, "normalize": mode != "dot", "dtype": dtype}
-    sides = make_side(image_fragments, image_mask, **options), make_side(text_fragments, text_mask, **options)
+    normalize = mode != "dot"
+    sides = (
+        make_side(image_fragments, image_mask, packed=False, normalize=normalize, dtype=dtype),
+        make_side(text_fragments, text_mask, packed=False, normalize=normalize, dtype=dtype),
+    )
     images, texts = (
         side._replace(rows=side.rows.contiguous(), mask=None if side.mask is None else side.mask.contiguous())
         for side in sides

@@ -1,3 +1,5 @@
+# mypy: ignore-errors
+# (values of a Triton program have no types that a checker knows)
 """What happens on one tile of image-text pairs, in pieces: see :mod:`hrem_layers.alignment.gpu.kernel`."""
 
 from __future__ import annotations
