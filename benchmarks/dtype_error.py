@@ -67,8 +67,9 @@ def main() -> None:
         f"`align_fragments` against the formulas as loops in float64 on the same rounded fragments: ‖error‖ / ‖exact‖, "
         f"the largest of {arguments.seeds} batches of {SIZE['n']} pairs of noise, D = {SIZE['dim']}. A half type's "
         "gradient is rounded to it when it goes out (2⁻¹¹ and 2⁻⁸ of each number at most); the similarities are not, "
-        "except under autocast: there values that are 0.4% apart tie and share a gradient that belongs to one of them. In "
-        "float32 two of the many values of such a batch are within 10⁻⁶ of one another now and then, and share as well.",
+        "except under autocast: there values that are 0.4% apart tie and share a gradient that belongs to one of "
+        "them. In float32 two of the many values of such a batch are within 10⁻⁶ of one another now and then, and "
+        "share as well.",
         table(["mode", "fragments", "values", "gradients"], rows),
     )
 
