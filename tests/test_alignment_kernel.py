@@ -18,8 +18,9 @@ import pytest
 import torch
 
 from hrem_layers.alignment import align_fragments
-from hrem_layers.alignment.block import LEAKY_SLOPE, Scores
 from hrem_layers.alignment.gpu import launch
+from hrem_layers.alignment.gpu.arguments import Fragments, Sizes
+from hrem_layers.alignment.scores import PairScores, Scores
 
 needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="needs triton")
 
@@ -37,16 +38,22 @@ CASES = {
     "cosine": (3, 20, 4, 12, 16, 5, "cosine", True, True, "float32", 2**26),
     "dot": (3, 20, 4, 12, 16, 5, "dot", True, True, "float32", 2**26),
     "backward in pieces": (7, 20, 6, 18, 9, 10, "scan", True, True, "float32", 3 * 18 * 20 * 2),
+    "ties in scan": (4, 20, 5, 12, 9, 4, "scan", True, True, "float32", 2**26),
+    "ties in cosine": (4, 40, 5, 12, 9, 4, "cosine", False, True, "float32", 2**26),
+    "ties in dot": (4, 20, 5, 12, 9, 4, "dot", True, True, "float32", 2**26),
     "half precision": (4, 36, 4, 20, 64, 10, "scan", True, True, "float16", 2**26),
 }
 TOLERANCE = {"float32": 2e-4, "float16": 2e-2}
 
 
-def run_case(images, regions, texts, words, dim, topk, mode, image_masked, text_masked, dtype, elements):
+def run_case(name, images, regions, texts, words, dim, topk, mode, image_masked, text_masked, dtype, elements):
     """The kernel's largest error relative to the largest number, for each of values and gradients."""
     g = torch.Generator().manual_seed(0)
     dtype = getattr(torch, dtype)
     r, c = (torch.randn(n, m, dim, generator=g).to(dtype) for n, m in ((images, regions), (texts, words)))
+    if "ties" in name:
+        r[:, 1:5], c[:, 2:5] = r[:, :1], c[:, 1:2]
+        r[0] = c[0] = 0
     image_mask = torch.rand(images, regions, generator=g) < 0.7 if image_masked else None
     text_mask = None
     if text_masked:  # prefixes of every length, one with a hole, one empty
@@ -75,6 +82,19 @@ def run_case(images, regions, texts, words, dim, topk, mode, image_masked, text_
     )
 
 
+def not_finite_case():
+    """0 if NaN in one region makes p and q of all pairs of its image NaN, and no others."""
+    r, c = torch.randn(3, 5, 8), torch.randn(4, 6, 8)
+    clean = launch.score_all_fused(r, c, None, None, mode="cosine", topk=2, dtype=torch.float32)
+    r[1, 2, 3] = torch.nan
+    out = launch.score_all_fused(r, c, None, None, mode="cosine", topk=2, dtype=torch.float32)
+    wrong = 0
+    for place, (x, y) in enumerate(zip(out, clean, strict=True)):
+        x, y = (x, y) if place % 2 == 0 else (x.transpose(0, 1), y.transpose(0, 1))  # images first
+        wrong += int((~x[1].isnan()).sum()) + int((x[[0, 2]] != y[[0, 2]]).sum())
+    return wrong
+
+
 @pytest.fixture(scope="module")
 def errors():
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
@@ -89,6 +109,11 @@ def errors():
 @pytest.mark.parametrize("name", CASES)
 def test_kernel_agrees_with_float64(name, errors):
     assert errors[name] <= TOLERANCE[CASES[name][-2]], name
+
+
+@needs_triton
+def test_what_is_not_finite_is_not_passed_over(errors):
+    assert errors["not finite"] == 0
 
 
 def test_region_parts_hold_all_regions_with_little_idle():
@@ -158,18 +183,19 @@ def compile_for(function, capability, blocks):
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    constants = {
-        "BT": blocks.texts, "BI": blocks.images, "WP": blocks.words, "RA": blocks.regions_a, "RB": blocks.regions_b,
-        "BD": blocks.depth, "SMALLEST": 0, "MASKED_WORDS": True, "MASKED_REGIONS": False, "SCAN": True,
-        "SLOPE": LEAKY_SLOPE, "EPS2": 1e-14, "PRECISION": "tf32", "image_mask": None,
+    constants = {"BLOCKS": blocks, "SMALLEST": 0, "FORM": launch._form("scan")._replace(precision="tf32")}
+    types = {
+        "texts": Fragments("*bf16", "*i1", "constexpr"), "images": Fragments("*bf16", "constexpr", "constexpr"),
+        "out": PairScores(*["*fp32"] * 4), "grad": PairScores(*["*fp32"] * 4), "sizes": Sizes(*["i32"] * 6),
+        "grad_x": "*bf16", "extent": "*i32", "row_length": "i32",
     }  # fmt: skip
-    types = dict.fromkeys(("num_texts", "num_images", "W", "R", "D", "K", "ROW"), "i32")
-    types |= dict.fromkeys(("texts", "images", "grad_x"), "*bf16") | {"text_mask": "*i1", "extent": "*i32"}
     names = function.arg_names
-    signature = {name: "constexpr" if name in constants else types.get(name, "*fp32") for name in names}
+    signature = {name: "constexpr" if name in constants else types[name] for name in names}
+    absent = {(names.index("texts"), 2): None, (names.index("images"), 1): None, (names.index("images"), 2): None}
+    divisible = (names.index("texts"), 0), (names.index("images"), 0), (names.index("sizes"), 4)
     source = ASTSource(
-        function, signature, constexprs={(names.index(name),): value for name, value in constants.items()},
-        attrs={(names.index(name),): [["tt.divisibility", 16]] for name in ("texts", "images", "D")},
+        function, signature, constexprs={**{(names.index(k),): x for k, x in constants.items()}, **absent},
+        attrs={place: [["tt.divisibility", 16]] for place in divisible},
     )  # fmt: skip
     options = {"num_warps": launch._NUM_WARPS, "num_stages": launch._NUM_STAGES}
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
@@ -201,4 +227,5 @@ def test_on_a_gpu(dtype):
 
 
 if __name__ == "__main__":
-    print(json.dumps({name: run_case(*case) for name, case in CASES.items()}))
+    found = {name: run_case(name, *case) for name, case in CASES.items()}
+    print(json.dumps({**found, "not finite": not_finite_case()}))

@@ -1,4 +1,4 @@
-"""Every way to compute the alignment against one slow loop written straight from the formulas.
+"""Every way to compute the alignment against the formulas written out as loops.
 
 Packed tiles, padded tiles, any chunk, with and without similarities kept for backward, and the fused kernel in Triton's
 interpreter. The interpreter must be chosen before Triton is imported, so the kernel runs in a process of its
@@ -19,49 +19,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hrem_layers.alignment import tiles as tiling
-from hrem_layers.alignment.block import Scores
 from hrem_layers.alignment.gpu import launch
+from hrem_layers.alignment.reference import align_by_loops
+from hrem_layers.alignment.scores import Scores
 
 MODES = ("scan", "cosine", "dot")
-
-
-def loop_pair(regions, words, mode, topk):
-    """One image's real regions (m, D), one text's real words (n, D) -> p and q, image→text and text→image."""
-    s = regions @ words.t()
-    if mode != "dot":
-        s = s / (regions.norm(dim=1)[:, None] * words.norm(dim=1)[None, :])
-    per_region, per_word = [], []
-    if mode == "scan":
-        s = torch.where(s > 0, s, 0.1 * s)
-    for m in range(len(regions)):
-        column_norms = [s[:, n].norm() if mode == "scan" else 1 for n in range(len(words))]
-        per_region.append(torch.stack([s[m, n] / column_norms[n] for n in range(len(words))]).max())
-    for n in range(len(words)):
-        row_norms = [s[m].norm() if mode == "scan" else 1 for m in range(len(regions))]
-        per_word.append(torch.stack([s[m, n] / row_norms[m] for m in range(len(regions))]).max())
-    pooled = []
-    for values in (torch.stack(per_region), torch.stack(per_word)):
-        largest = values.sort(descending=True).values[:topk]
-        pooled += [values.mean(), torch.cat([largest, largest.new_zeros(topk - len(largest))])]
-    return pooled
-
-
-def loop(images, texts, image_mask, text_mask, mode, topk):
-    """The four Scores of all pairs; one without a real fragment has zeros."""
-    nothing = (images.sum() + texts.sum()) * 0
-    rows = []
-    for i in range(len(images)):
-        for t in range(len(texts)):
-            regions = images[i] if image_mask is None else images[i][image_mask[i]]
-            words = texts[t] if text_mask is None else texts[t][text_mask[t]]
-            if len(regions) and len(words):
-                rows.append(loop_pair(regions, words, mode, topk))
-            else:
-                rows.append([nothing, nothing.expand(topk)] * 2)
-    mean_i2t, top_i2t, mean_t2i, top_t2i = (
-        torch.stack(x).unflatten(0, (len(images), len(texts))) for x in zip(*rows, strict=True)
-    )
-    return Scores(mean_i2t, mean_t2i.transpose(0, 1), top_i2t, top_t2i.transpose(0, 1))
 
 
 def tiled(images, texts, image_mask, text_mask, grad, *, mode, topk, packed, chunk_size, kept):
@@ -94,7 +56,7 @@ def cases(draw, most_items, most_width, most_dim):
 
 def by_loop(images, texts, image_mask, text_mask, grad, mode, topk):
     images, texts = images.clone().requires_grad_(), texts.clone().requires_grad_()
-    scores = loop(images, texts, image_mask, text_mask, mode, topk)
+    scores = align_by_loops(images, texts, image_mask, text_mask, topk=topk, mode=mode)
     total = sum((x * y).sum() for x, y in zip(scores, grad, strict=True))
     return [*(x.detach() for x in scores), *torch.autograd.grad(total, (images, texts))]
 

@@ -255,8 +255,6 @@ CALLS = [
     *elsewhere(align, "text_fragments", (N, W, D)),
     *elsewhere(align, "image_mask", (N, R), torch.bool),
     *elsewhere(align, "text_mask", (N, W), torch.bool),
-    (align, {"text_fragments": torch.zeros(N, W, D).double()}, TypeError,
-     "text_fragments", "torch.float32", "torch.float64"),
     (align, {"image_fragments": torch.zeros(N, 0, D), "image_mask": None}, ValueError,
      "image_fragments", "at least 1", "0"),
     (align, {"text_fragments": torch.zeros(N, 0, D), "text_mask": None}, ValueError,

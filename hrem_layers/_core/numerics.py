@@ -29,6 +29,16 @@ def autocast_dtype(device: torch.device) -> torch.dtype | None:
     return torch.get_autocast_dtype(device.type)
 
 
+def product_dtype(x: Tensor, y: Tensor) -> tuple[torch.dtype, bool]:
+    """The dtype in which ``x`` and ``y`` are multiplied, and whether autocast chose it.
+
+    Autocast's, if it is on and neither is float64; else the wider of their own. (Where autocast chose, products
+    may be rounded to it, as everywhere under autocast.)
+    """
+    own, cast = torch.promote_types(x.dtype, y.dtype), autocast_dtype(x.device)
+    return (own, False) if cast is None or own == torch.float64 else (cast, True)
+
+
 def autocast_off(device: torch.device) -> AbstractContextManager[object]:
     """A context in which ``device`` computes in the dtypes that are given, whatever autocast says outside."""
     return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
@@ -41,12 +51,18 @@ def l2_normalize(x: Tensor) -> Tensor:
     A zero row (all magnitudes up to ``finfo.tiny``) gives zeros and a zero gradient. (A norm clamped to a small
     epsilon instead would hand such a row the gradient divided by that epsilon.) A row that is not finite gives NaN.
     """
-    wide = x.to(compute_dtype(x.dtype))
-    peak = wide.detach().abs().amax(dim=-1, keepdim=True)
-    zero = peak <= torch.finfo(wide.dtype).tiny  # a NaN is not: it goes on
-    scaled = wide / peak.masked_fill(zero, 1)
-    norm = torch.linalg.vector_norm(scaled, dim=-1, keepdim=True)
-    return (scaled / norm.masked_fill(zero, 1)).masked_fill(zero, 0).to(x.dtype)
+    return unit_rows(x.to(compute_dtype(x.dtype)))[0].to(x.dtype)
+
+
+def unit_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """:func:`l2_normalize` of float32 or float64, and ``1 / ‖x‖`` (..., 1), which is 0 for a zero row."""
+    peak = torch.linalg.vector_norm(x.detach(), ord=torch.inf, dim=-1, keepdim=True)
+    zero = peak <= torch.finfo(x.dtype).tiny  # a NaN is not: it goes on
+    peak = peak.masked_fill(zero, 1)
+    scaled = x / peak
+    inverse = (1 / torch.linalg.vector_norm(scaled, dim=-1, keepdim=True).masked_fill(zero, 1)).masked_fill(zero, 0)
+    unit = scaled * inverse if scaled.requires_grad else scaled.mul_(inverse)
+    return unit, inverse / peak
 
 
 def safe_reciprocal(x: Tensor, smallest: float) -> Tensor:

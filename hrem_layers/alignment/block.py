@@ -12,6 +12,9 @@ With :math:`s = \mathrm{LeakyReLU}_{0.1}(x)` ("scan") or :math:`s = x` ("cosine"
 
 ("cosine" and "dot": a = b = s). The mean and the largest values of f over the real words are p and q of
 text→image, those of g over the real regions are p and q of image→text.
+
+Both are one formula along different dimensions, a :class:`Direction`. The functions up to ``similarity_grad`` take
+one; :mod:`~hrem_layers.alignment.candidates` uses them for blocks with a direction of its own.
 """
 
 from __future__ import annotations
@@ -22,46 +25,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hrem_layers.alignment.pooling import pool, pool_backward
+from hrem_layers.alignment.scores import PairScores
+
 LEAKY_SLOPE = 0.1
-MODES = ("scan", "cosine", "dot")
 
 
-class Scores(NamedTuple):
-    """The row is the side that receives: ``*_i2t`` lead with images, ``*_t2i`` with texts."""
+class Direction(NamedTuple):
+    """Which dimension of a block holds the fragments that receive, and which those that give."""
 
-    mean_i2t: Tensor  # [i, t]
-    mean_t2i: Tensor  # [t, i]
-    top_i2t: Tensor  # [i, t, k]
-    top_t2i: Tensor  # [t, i, k]
+    receive: int
+    give: int
 
 
-class PairScores(NamedTuple):
-    """The same four, all with texts in front, as the blocks of the product have them."""
-
-    mean_i2t: Tensor  # [t, i]
-    mean_t2i: Tensor  # [t, i]
-    top_i2t: Tensor  # [t, i, k]
-    top_t2i: Tensor  # [t, i, k]
-
-    @classmethod
-    def of(cls, scores: Scores) -> PairScores:
-        return cls(scores.mean_i2t.t(), scores.mean_t2i, scores.top_i2t.transpose(0, 1), scores.top_t2i)
-
-    def scores(self) -> Scores:
-        return Scores(
-            self.mean_i2t.t().contiguous(),
-            self.mean_t2i.contiguous(),
-            self.top_i2t.transpose(0, 1).contiguous(),
-            self.top_t2i.contiguous(),
-        )
-
-    def window(self, texts: slice, images: slice) -> PairScores:
-        return PairScores(*(x[texts, images] for x in self))
-
-
-def activate_(x: Tensor, mode: str) -> Tensor:
-    """x -> s, in place."""
-    return F.leaky_relu_(x, LEAKY_SLOPE) if mode == "scan" else x
+T2I, I2T = Direction(receive=1, give=3), Direction(receive=3, give=1)
 
 
 class Maxima(NamedTuple):
@@ -78,129 +55,159 @@ class Maxima(NamedTuple):
         return Maxima(self.per_word[texts, :words, images], self.per_region[texts, images, :regions])
 
 
+class Part(NamedTuple):
+    """One direction's share of the derivative."""
+
+    grad: Tensor  # of a (b), the shape of the block; overwritten
+    best: Tensor  # f (g)
+    inverse_norm: Tensor | None
+    direction: Direction
+
+
+def activate_(x: Tensor, mode: str) -> Tensor:
+    """x -> s, in place."""
+    return F.leaky_relu_(x, LEAKY_SLOPE) if mode == "scan" else x
+
+
+def inverse_norms(s: Tensor, mode: str, *directions: Direction) -> list[Tensor | None]:
+    """Per direction 1 / ‖s‖ over the fragments that receive, that dimension kept; None where nothing is divided.
+
+    Below the rounding error of a cosine the direction of s is noise: there 0.
+    """
+    if mode != "scan":
+        return [None] * len(directions)
+    square, smallest = s * s, torch.finfo(s.dtype).eps ** 2
+    sums = (square.sum(dim=direction.receive, keepdim=True) for direction in directions)
+    return [torch.threshold_(x, smallest, torch.inf).rsqrt_() for x in sums]
+
+
+def maxima(
+    s: Tensor, inverse: Tensor | None, real: Tensor | None, direction: Direction, out: Tensor | None = None
+) -> Tensor:
+    """The largest of s / ‖s‖ over the ``real`` fragments that give (broadcasts to s; None = all), 0 if none is."""
+    scaled = _scaled(s, inverse, real)
+    best = scaled.amax(direction.give) if out is None else torch.amax(scaled, direction.give, out=out)
+    return _drop_empty_(best, real, direction)
+
+
+def maxima_and_winners(
+    s: Tensor, inverse: Tensor | None, real: Tensor | None, direction: Direction, margin: float | Tensor
+) -> tuple[Tensor, Tensor]:
+    """The same, and 1 where a maximum is or what ties with it, else 0, in the shape and dtype of s.
+
+    ``margin``: how far values that tie may be apart, a number or what broadcasts to the maxima.
+    """
+    scaled = _scaled(s, inverse, real)
+    best = scaled.amax(direction.give)
+    winners = (scaled.clone() if scaled is s else scaled).ge_((best - margin).unsqueeze(direction.give))
+    return _drop_empty_(best, real, direction), winners
+
+
+def share_(winners: Tensor, grad: Tensor, direction: Direction) -> Tensor:
+    """The gradient of the maxima, shared evenly among the winners, which are overwritten."""
+    return winners.mul_((grad / winners.sum(dim=direction.give)).unsqueeze(direction.give))
+
+
+def similarity_grad(s: Tensor, parts: list[Part], mode: str, out: Tensor) -> Tensor:
+    """Writes the derivative with respect to x, the sum over one or two ``parts``, to ``out``.
+
+    d(s / ‖s‖) = (g − a <g, a>) / ‖s‖ along the normed dimension; g ≠ 0 only where a is the maximum.
+    """
+    first, *others = parts
+    if mode != "scan":
+        return torch.add(first.grad, others[0].grad, out=out) if others else out.copy_(first.grad)
+    along = [
+        (grad * best.unsqueeze(direction.give))
+        .sum(dim=direction.receive, keepdim=True)
+        .mul_(_present(inverse).square())
+        for grad, best, inverse, direction in parts
+    ]
+    grad_s = first.grad.mul_(_present(first.inverse_norm))
+    for other in others:
+        grad_s.addcmul_(other.grad, _present(other.inverse_norm))
+    for x in along:
+        grad_s.addcmul_(s, x, value=-1)
+    # s > 0 exactly where x > 0
+    torch.ops.aten.leaky_relu_backward.grad_input(grad_s, s, LEAKY_SLOPE, True, grad_input=out)
+    return out
+
+
 def block_maxima(s: Tensor, text_mask: Tensor | None, image_mask: Tensor | None, out: Maxima, *, mode: str) -> None:
     """``s`` (t, w, i, r) with zeros at padded words and regions, masks (t, w) and (i, r); writes ``out``.
 
     What ``out`` gets at padded words and regions is undefined.
     """
-    inverse_words, inverse_regions = _inverse_norms(s, mode)
-    torch.amax(_fill(_scaled(s, inverse_words), image_mask, dim=3), dim=3, out=out.per_word)
-    torch.amax(_fill(_scaled(s, inverse_regions), text_mask, dim=1), dim=1, out=out.per_region)
-    _drop_empty_(out.per_word, image_mask)
-    _drop_empty_(out.per_region, text_mask)
+    inverse_words, inverse_regions = inverse_norms(s, mode, T2I, I2T)
+    words, regions = _of_words(text_mask), _of_regions(image_mask)
+    maxima(s, inverse_words, regions, T2I, out.per_word)
+    maxima(s, inverse_regions, words, I2T, out.per_region)
 
 
-def pool(best: Maxima, real_words: Tensor | None, real_regions: Tensor | None, out: PairScores) -> None:
+def block_pool(best: Maxima, real_words: Tensor | None, real_regions: Tensor | None, out: PairScores) -> None:
     """Means and largest values over the real words (t, w) and regions (i, r), None = all; writes ``out``.
 
     ``out`` must hold zeros; places of q for which there is no value are left alone.
     """
-    _pool(best.per_word.transpose(1, 2), _expand_words(real_words), out.mean_t2i, out.top_t2i)
-    _pool(best.per_region, real_regions, out.mean_i2t, out.top_i2t)
+    real_words = None if real_words is None else real_words.unsqueeze(1)  # [t, 1, w]
+    pool(best.per_word.transpose(1, 2), real_words, out.mean_t2i, out.top_t2i)
+    pool(best.per_region, real_regions, out.mean_i2t, out.top_i2t)
 
 
 def block_backward(
-    s: Tensor, text_mask: Tensor | None, image_mask: Tensor | None, grad: PairScores, out: Tensor, *, mode: str
+    s: Tensor,
+    text_mask: Tensor | None,
+    image_mask: Tensor | None,
+    grad: PairScores,
+    out: Tensor,
+    *,
+    mode: str,
+    margin: float | Tensor,
 ) -> None:
     """Writes to ``out`` the gradient with respect to a block's ``x`` (t, w, i, r), given s and that of the scores.
 
-    Regions (words) that share the maximum share its gradient evenly.
+    ``margin``: how far values of a pair that tie may be apart, a number or (t, i).
     """
-    inverse_words, inverse_regions = _inverse_norms(s, mode)
+    inverse_words, inverse_regions = inverse_norms(s, mode, T2I, I2T)
+    words, regions = _of_words(text_mask), _of_regions(image_mask)
+    real_words = None if text_mask is None else text_mask.unsqueeze(1)  # [t, 1, w]
+    margins = (margin, margin) if isinstance(margin, float) else (margin.unsqueeze(1), margin.unsqueeze(2))
 
-    a = _fill(_scaled(s, inverse_words), image_mask, dim=3)
-    per_word = a.amax(dim=3)  # [t, w, i]
-    best = _equal(a, per_word.unsqueeze(3), s)  # [t, w, i, r] of 0 and 1
-    _drop_empty_(per_word, image_mask)
-    grad_word = _pool_backward(
-        per_word.transpose(1, 2), _expand_words(text_mask), grad.mean_t2i, grad.top_t2i
-    ).transpose(1, 2)  # [t, w, i]
-    grad_a = best.mul_((grad_word / best.sum(dim=3)).unsqueeze(3))
+    f, winners = maxima_and_winners(s, inverse_words, regions, T2I, margins[0])
+    grad_f = pool_backward(f.transpose(1, 2), real_words, grad.mean_t2i, grad.top_t2i, margin).transpose(1, 2)
+    to_words = Part(share_(winners, grad_f, T2I), f, inverse_words, T2I)
 
-    b = _fill(_scaled(s, inverse_regions), text_mask, dim=1)
-    per_region = b.amax(dim=1)  # [t, i, r]
-    best = _equal(b, per_region.unsqueeze(1), s)
-    _drop_empty_(per_region, text_mask)
-    grad_region = _pool_backward(per_region, image_mask, grad.mean_i2t, grad.top_i2t)  # [t, i, r]
-    grad_b = best.mul_((grad_region / best.sum(dim=1)).unsqueeze(1))
+    g, winners = maxima_and_winners(s, inverse_regions, words, I2T, margins[1])
+    grad_g = pool_backward(g, image_mask, grad.mean_i2t, grad.top_i2t, margin)
+    to_regions = Part(share_(winners, grad_g, I2T), g, inverse_regions, I2T)
 
-    if inverse_words is None or inverse_regions is None:
-        torch.add(grad_a, grad_b, out=out)
-        return
-    # d(s / ‖s‖) = (g − a <g, a>) / ‖s‖ along the normed dimension; g ≠ 0 only where a is the maximum
-    along_words = (grad_a * per_word.unsqueeze(3)).sum(dim=1, keepdim=True).mul_(inverse_words.square())
-    along_regions = (grad_b * per_region.unsqueeze(1)).sum(dim=3, keepdim=True).mul_(inverse_regions.square())
-    grad_s = grad_a.mul_(inverse_words).addcmul_(grad_b, inverse_regions)
-    grad_s.addcmul_(s, along_words, value=-1).addcmul_(s, along_regions, value=-1)
-    # s > 0 exactly where x > 0
-    torch.ops.aten.leaky_relu_backward.grad_input(grad_s, s, LEAKY_SLOPE, True, grad_input=out)
+    similarity_grad(s, [to_words, to_regions], mode, out)
 
 
-def _inverse_norms(s: Tensor, mode: str) -> tuple[Tensor, Tensor] | tuple[None, None]:
-    """The reciprocal norms over the words (t, 1, i, r) and over the regions (t, w, i, 1)."""
-    if mode != "scan":
-        return None, None
-    square = s * s
-    return _inverse_root(square.sum(dim=1, keepdim=True)), _inverse_root(square.sum(dim=3, keepdim=True))
+def _scaled(s: Tensor, inverse: Tensor | None, real: Tensor | None) -> Tensor:
+    """s / ‖s‖ with −inf where nothing is real; s itself where neither changes it."""
+    scaled = s if inverse is None else s * inverse
+    return scaled if real is None else scaled.masked_fill(~real, -torch.inf)
 
 
-def _inverse_root(square: Tensor) -> Tensor:
-    """1 / √square, in place. Below the rounding error of a cosine the direction of s is noise: there 0."""
-    return F.threshold_(square, torch.finfo(square.dtype).eps ** 2, torch.inf).rsqrt_()
-
-
-def _scaled(s: Tensor, inverse: Tensor | None) -> Tensor:
-    return s if inverse is None else s * inverse
-
-
-def _equal(x: Tensor, maximum: Tensor, s: Tensor) -> Tensor:
-    """1 where ``x`` is its maximum, else 0, in the dtype of ``x``, which may be overwritten unless it is ``s``."""
-    return (x.clone() if x is s else x).eq_(maximum)
-
-
-def _expand_words(text_mask: Tensor | None) -> Tensor | None:
-    return None if text_mask is None else text_mask.unsqueeze(1)  # [t, 1, w]
-
-
-def _fill(x: Tensor, mask: Tensor | None, dim: int) -> Tensor:
-    """−inf at the padded words (``dim=1``) or regions (``dim=3``) of ``x`` (t, w, i, r)."""
-    if mask is None:
-        return x
-    return x.masked_fill(~(mask[:, :, None, None] if dim == 1 else mask), -torch.inf)
-
-
-def _drop_empty_(best: Tensor, mask: Tensor | None) -> None:
+def _drop_empty_(best: Tensor, real: Tensor | None, direction: Direction) -> Tensor:
     """0, in place, where there was nothing real to take the maximum of."""
-    if mask is not None:
-        best.masked_fill_(best == -torch.inf, 0)
+    return best if real is None else best.masked_fill_(~real.any(dim=direction.give), 0)
 
 
-def _pool(f: Tensor, mask: Tensor | None, out_mean: Tensor, out_top: Tensor) -> None:
-    """Mean (t, i) and largest values (t, i, k) of ``f`` (t, i, m) over the real m; ``mask`` broadcasts."""
-    k = min(out_top.shape[-1], f.shape[-1])
-    if mask is None:
-        mean, top = f.mean(dim=-1), f.topk(k, dim=-1).values
-    else:
-        count = mask.sum(dim=-1)  # [t, 1] or [i]
-        mean = f.masked_fill(~mask, 0).sum(dim=-1) / count.clamp(min=1)
-        top = f.masked_fill(~mask, -torch.inf).topk(k, dim=-1).values
-        top = top.masked_fill(~_taken(count, k), 0)
-    out_mean.copy_(mean)
-    out_top[..., :k].copy_(top)
+def _along(part: Part) -> Tensor:
+    """<g, a> / ‖s‖² over the fragments that receive."""
+    product = part.grad * part.best.unsqueeze(part.direction.give)
+    return product.sum(dim=part.direction.receive, keepdim=True).mul_(_present(part.inverse_norm).square())
 
 
-def _pool_backward(f: Tensor, mask: Tensor | None, grad_mean: Tensor, grad_top: Tensor) -> Tensor:
-    k = min(grad_top.shape[-1], f.shape[-1])
-    if mask is None:
-        index = f.topk(k, dim=-1).indices
-        grad = (grad_mean / f.shape[-1]).unsqueeze(-1).expand(f.shape).contiguous()
-        return grad.scatter_add_(-1, index, grad_top[..., :k])
-    count = mask.sum(dim=-1)
-    index = f.masked_fill(~mask, -torch.inf).topk(k, dim=-1).indices
-    grad = (grad_mean / count.clamp(min=1)).unsqueeze(-1).masked_fill(~mask, 0).contiguous()
-    return grad.scatter_add_(-1, index, grad_top[..., :k].masked_fill(~_taken(count, k), 0))
+def _of_words(text_mask: Tensor | None) -> Tensor | None:
+    return None if text_mask is None else text_mask[:, :, None, None]
 
 
-def _taken(count: Tensor, k: int) -> Tensor:
-    """Which of k sorted places hold a real value, given how many real values there are."""
-    return torch.arange(k, device=count.device) < count.unsqueeze(-1)  # [t, 1, k] or [i, k]
+def _of_regions(image_mask: Tensor | None) -> Tensor | None:
+    return None if image_mask is None else image_mask[None, None]
+
+
+def _present(inverse: Tensor | None) -> Tensor:
+    assert inverse is not None  # mode "scan" divides in every direction
+    return inverse

@@ -7,12 +7,14 @@ stays a loop and a kernel a kernel, while ``torch.compile`` sees one node with s
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from hrem_layers._core.numerics import autocast_off, compute_dtype
-from hrem_layers.alignment.block import Scores
 from hrem_layers.alignment.gpu.launch import kernel_applies, score_all_fused, score_all_fused_backward
+from hrem_layers.alignment.scores import Scores
 from hrem_layers.alignment.tiles import Setting, score_all, score_all_backward
 
 # Similarities kept for backward, in elements of their dtype (64 MB of float32). What does not fit is
@@ -30,11 +32,16 @@ def align_op(
     topk: int,
     chunk_size: int | None,
     dtype: torch.dtype,
+    rounded: bool,
     keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The four Scores, and similarities for backward (none unless ``keep``). ``dtype`` is the product's."""
+    """The four Scores, and similarities for backward (none unless ``keep``).
+
+    ``dtype`` is what fragments are multiplied in; whether the products may be ``rounded`` to it as well (autocast
+    does) or a half type has to be widened before (the fused kernel never rounds them).
+    """
     kept = image_fragments.new_empty(_kept_size(image_fragments, text_fragments, keep), dtype=compute_dtype(dtype))
-    setting = _setting(image_fragments, mode, topk, chunk_size, dtype)
+    setting = _setting(image_fragments, mode, topk, chunk_size, dtype if rounded else compute_dtype(dtype))
     tensors = image_fragments, text_fragments, image_mask, text_mask
     with autocast_off(image_fragments.device):
         if kernel_applies(image_fragments, text_fragments, dtype):
@@ -45,7 +52,18 @@ def align_op(
 
 
 @align_op.register_fake
-def _(image_fragments, text_fragments, image_mask, text_mask, mode, topk, chunk_size, dtype, keep):
+def _(
+    image_fragments: Tensor,
+    text_fragments: Tensor,
+    image_mask: Tensor | None,
+    text_mask: Tensor | None,
+    mode: str,
+    topk: int,
+    chunk_size: int | None,
+    dtype: torch.dtype,
+    rounded: bool,
+    keep: bool,
+) -> tuple[Tensor, ...]:
     kept_shape = (_kept_size(image_fragments, text_fragments, keep),)
     shapes = *_score_shapes(image_fragments, text_fragments, topk), kept_shape
     return tuple(image_fragments.new_empty(shape, dtype=compute_dtype(dtype)) for shape in shapes)
@@ -66,9 +84,10 @@ def align_backward_op(
     topk: int,
     chunk_size: int | None,
     dtype: torch.dtype,
+    rounded: bool,
 ) -> tuple[Tensor, Tensor]:
     grad = Scores(grad_mean_i2t, grad_mean_t2i, grad_top_i2t, grad_top_t2i)
-    setting = _setting(image_fragments, mode, topk, chunk_size, dtype)
+    setting = _setting(image_fragments, mode, topk, chunk_size, dtype if rounded else compute_dtype(dtype))
     tensors = image_fragments, text_fragments, image_mask, text_mask
     with autocast_off(image_fragments.device):
         if kernel_applies(image_fragments, text_fragments, dtype):
@@ -77,26 +96,27 @@ def align_backward_op(
 
 
 @align_backward_op.register_fake
-def _(image_fragments, text_fragments, *_rest):
+def _(image_fragments: Tensor, text_fragments: Tensor, *_rest: object) -> tuple[Tensor, Tensor]:
     return image_fragments.new_empty(image_fragments.shape), text_fragments.new_empty(text_fragments.shape)
 
 
-def _setup_context(ctx, inputs, output) -> None:
-    *tensors, ctx.mode, ctx.topk, ctx.chunk_size, ctx.dtype, _keep = inputs
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    *tensors, mode, topk, chunk_size, dtype, rounded, _keep = inputs
+    ctx.topk, ctx.dtype = topk, dtype
+    ctx.options = mode, topk, chunk_size, dtype, rounded
     ctx.save_for_backward(*tensors, output[4])
     ctx.mark_non_differentiable(output[4])
     ctx.set_materialize_grads(False)  # of the kept similarities: no zeros of their size
 
 
-def _backward(ctx, *grads):
+def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     images, texts, *_ = ctx.saved_tensors
     shapes = _score_shapes(images, texts, ctx.topk)
     given = (
         images.new_zeros(shape, dtype=compute_dtype(ctx.dtype)) if grad is None else grad
         for grad, shape in zip(grads, shapes, strict=False)
     )
-    image_grad, text_grad = align_backward_op(*ctx.saved_tensors, *given, ctx.mode, ctx.topk, ctx.chunk_size, ctx.dtype)
-    return image_grad, text_grad, None, None, None, None, None, None, None
+    return *align_backward_op(*ctx.saved_tensors, *given, *ctx.options), *[None] * 8
 
 
 align_op.register_autograd(_backward, setup_context=_setup_context)
@@ -116,4 +136,5 @@ def _kept_size(image_fragments: Tensor, text_fragments: Tensor, keep: bool) -> i
     if not keep:
         return 0
     (i, r, _), (t, w, _) = image_fragments.shape, text_fragments.shape
-    return torch.sym_min(i * r * t * w, KEEP_AT_MOST)
+    size: int = torch.sym_min(i * r * t * w, KEEP_AT_MOST)  # type: ignore[no-untyped-call]
+    return size

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from hrem_layers._core.masked import zero_padding
-from hrem_layers._core.numerics import compute_dtype, safe_reciprocal
+from hrem_layers._core.numerics import compute_dtype, safe_reciprocal, unit_rows
 
 
 class Run(NamedTuple):
@@ -39,7 +39,8 @@ class Side(NamedTuple):
     """One modality, ready to be multiplied."""
 
     rows: Tensor  # [total rows, d], normalised if the mode asks for it, in the dtype of the product
-    inverse_norm: Tensor | None  # [total rows, 1], 0 for a zero row
+    inverse_norm: Tensor | None  # [total rows, 1], 0 for a zero row; None = not normalised
+    longest: Tensor | None  # [n]: length of each item's longest row; None = normalised
     runs: list[Run]
     mask: Tensor | None  # [n, width], only in the padded layout
     real: Tensor | None  # [n, width]: where the items, in this order, have a fragment; None = everywhere
@@ -61,11 +62,36 @@ def make_side(fragments: Tensor, mask: Tensor | None, *, packed: bool, normalize
         mask = None
     else:
         rows = zero_padding(fragments, mask).reshape(n * width, d)
-    inverse = None
+    inverse = longest = None
     if normalize:
-        rows, inverse = _normalize(rows, owned=mask is not None or source is not None)
-        rows = rows.to(fragments.dtype)
-    return Side(rows.to(dtype), inverse, runs, mask, real, order, source)
+        wide = rows.to(compute_dtype(dtype))
+        owned = source is not None or mask is not None or wide is not rows
+        rows, inverse = _unit_rows(wide, owned=owned)
+    else:
+        lengths = row_lengths(rows)
+        # a product of −inf would hide behind the other maxima
+        rows, lengths = rows.masked_fill(lengths.isnan(), torch.nan), lengths.squeeze(1)
+        if source is not None and real is not None:
+            lengths = lengths.new_zeros(n * width).masked_scatter_(real.flatten(), lengths)
+        longest = lengths.view(n, width).amax(dim=1)
+    return Side(rows.to(dtype), inverse, longest, runs, mask, real, order, source)
+
+
+def _unit_rows(rows: Tensor, *, owned: bool) -> tuple[Tensor, Tensor]:
+    """:func:`unit_rows`, with fewer passes over rows of usual lengths on a CPU. ``owned``: may be overwritten."""
+    if rows.device.type == "cpu" and rows.numel():
+        norm = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
+        shortest, longest = norm.aminmax()
+        limits = torch.finfo(rows.dtype)
+        if shortest > (limits.tiny / limits.eps) ** 0.5 and longest < limits.max**0.5:  # no square was lost; not NaN
+            inverse = norm.reciprocal_()
+            return rows.mul_(inverse) if owned else rows * inverse, inverse
+    return unit_rows(rows)
+
+
+def row_lengths(rows: Tensor) -> Tensor:
+    """‖row‖ (..., 1) of rows (..., d) of any length, in float32 or better; NaN for a row that is not finite."""
+    return safe_reciprocal(unit_rows(rows.to(compute_dtype(rows.dtype)))[1], 0)
 
 
 def fragments_grad(grad_rows: Tensor, side: Side, fragments: Tensor) -> Tensor:
@@ -96,11 +122,3 @@ def _find_runs(mask: Tensor) -> tuple[list[Run], Tensor, Tensor, Tensor]:
         item, row = item + count, row + count * length
     real = torch.arange(width, device=mask.device) < lengths.unsqueeze(1)
     return runs, order, source, real
-
-
-def _normalize(rows: Tensor, *, owned: bool) -> tuple[Tensor, Tensor]:
-    """Rows / ‖row‖ and 1 / ‖row‖ in float32 or better; a zero row stays zero. ``owned``: may be overwritten."""
-    wide = rows.to(compute_dtype(rows.dtype))
-    norm = torch.linalg.vector_norm(wide, dim=1, keepdim=True)
-    inverse = safe_reciprocal(norm, torch.finfo(wide.dtype).tiny ** 0.5)  # as in l2_normalize
-    return wide.mul_(inverse) if owned or wide is not rows else wide * inverse, inverse

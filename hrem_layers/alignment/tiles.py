@@ -14,7 +14,9 @@ import torch
 from torch import Tensor
 
 from hrem_layers._core.numerics import compute_dtype
-from hrem_layers.alignment.block import Maxima, PairScores, Scores, activate_, block_backward, block_maxima, pool
+from hrem_layers.alignment.block import Maxima, activate_, block_backward, block_maxima, block_pool
+from hrem_layers.alignment.pooling import tie_margin
+from hrem_layers.alignment.scores import PairScores, Scores
 from hrem_layers.alignment.sides import Run, Side, fragments_grad, make_side
 
 # Similarities of a tile if the caller does not say. CPU: large enough for an efficient product, small enough
@@ -98,7 +100,7 @@ def score_all(
             masks = _mask_of(texts, text_run), _mask_of(images, image_run)
             block_maxima(block, *masks, tile.window(best, text_run, image_run), mode=setting.mode)
         real = _real_of(texts, tile.text_runs), _real_of(images, tile.image_runs)
-        pool(best, *real, out.window(tile.texts(), tile.images()))
+        block_pool(best, *real, out.window(tile.texts(), tile.images()))
     kept[store.used :].zero_()  # an operator's output is defined in every element
     return _restore_order(out, images.order, texts.order).scores()
 
@@ -127,7 +129,8 @@ def score_all_backward(
         for (text_run, image_run, block), (_, _, place) in zip(tile.blocks(s), tile.blocks(grad_x), strict=True):
             masks = _mask_of(texts, text_run), _mask_of(images, image_run)
             window = pair_grad.window(text_run.items(), image_run.items())
-            block_backward(block, *masks, window, place, mode=setting.mode)
+            margin = _margin(wide, texts, images, text_run, image_run)
+            block_backward(block, *masks, window, place, mode=setting.mode, margin=margin)
         regions, words = tile.regions(), tile.words()
         _add_product(grad_images[regions], grad_x.t(), texts.rows[words], first=words.start == 0)
         _add_product(grad_texts[words], grad_x, images.rows[regions], first=regions.start == 0)
@@ -162,8 +165,11 @@ def _sides(
     text_mask: Tensor | None,
     setting: Setting,
 ) -> tuple[Side, Side]:
-    options = {"packed": setting.packed, "normalize": setting.mode != "dot", "dtype": setting.dtype}
-    return make_side(image_fragments, image_mask, **options), make_side(text_fragments, text_mask, **options)
+    packed, normalize, dtype = setting.packed, setting.mode != "dot", setting.dtype
+    return (
+        make_side(image_fragments, image_mask, packed=packed, normalize=normalize, dtype=dtype),
+        make_side(text_fragments, text_mask, packed=packed, normalize=normalize, dtype=dtype),
+    )
 
 
 def _tiles(
@@ -230,6 +236,14 @@ def _shifted(rows: slice, start: int) -> slice:
 
 def _mask_of(side: Side, run: Run) -> Tensor | None:
     return None if side.mask is None else side.mask[run.items()]
+
+
+def _margin(dtype: torch.dtype, texts: Side, images: Side, text_run: Run, image_run: Run) -> float | Tensor:
+    """How far values that tie may be apart, per pair (t, i) of a block if their scale differs."""
+    if texts.longest is None or images.longest is None:
+        return tie_margin(dtype, None)
+    lengths = texts.longest[text_run.items()].unsqueeze(1), images.longest[image_run.items()]
+    return tie_margin(dtype, (lengths[0].to(dtype), lengths[1].to(dtype)))
 
 
 def _real_of(side: Side, runs: list[Run]) -> Tensor | None:

@@ -6,15 +6,18 @@ Nothing here waits for the GPU: grids come from shapes, and which texts a launch
 from __future__ import annotations
 
 import functools
+import importlib
 import importlib.util
 import math
 from collections.abc import Iterator
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from hrem_layers.alignment.block import LEAKY_SLOPE, PairScores, Scores
+from hrem_layers._core.numerics import tie_tolerance
+from hrem_layers.alignment.block import LEAKY_SLOPE
+from hrem_layers.alignment.gpu.arguments import Blocks, Form, Fragments, Sizes
+from hrem_layers.alignment.scores import PairScores, Scores
 from hrem_layers.alignment.sides import Side, fragments_grad, make_side
 
 # Limits of a tile. What is wider runs as batched PyTorch.
@@ -27,17 +30,6 @@ _COMPARISONS = 2**14
 _NUM_WARPS, _NUM_STAGES = 8, 2
 # elements of the derivative of the similarities that exist at one time in backward
 _GRAD_ELEMENTS = 2**26
-
-
-class Blocks(NamedTuple):
-    """The blocks of a launch: texts, images, words, the two parts of the regions, depth of the product."""
-
-    texts: int
-    images: int
-    words: int
-    regions_a: int
-    regions_b: int
-    depth: int
 
 
 def kernel_applies(image_fragments: Tensor, text_fragments: Tensor, dtype: torch.dtype) -> bool:
@@ -91,9 +83,10 @@ def score_all_fused(
     )
     for blocks, smallest in _launches(w, r, dtype.itemsize, text_mask is not None, _TILE_COLUMNS):
         align_kernel[_grid(blocks, t, i)](
-            texts.rows, images.rows, texts.mask, images.mask, extent, *out,
-            t, i, w, r, d, topk, **_constants(blocks, smallest, images, texts, mode),
+            _part(texts, w, slice(0, t)), _part(images, r, slice(0, i)), extent, out, Sizes(t, i, w, r, d, topk),
+            blocks, smallest, _form(mode), num_warps=_NUM_WARPS, num_stages=_NUM_STAGES,
         )  # fmt: skip
+    _spread_what_is_not_finite(out, texts.rows.view(t, -1), images.rows.view(i, -1))
     if order is not None:
         back = order.argsort()
         out = PairScores(*(x.index_select(0, back) for x in out))
@@ -119,7 +112,13 @@ def score_all_fused_backward(
     pair_grad = PairScores.of(grad)
     if order is not None:
         pair_grad = PairScores(*(x.index_select(0, order) for x in pair_grad))
-    pair_grad = PairScores(*(x.contiguous() for x in pair_grad))
+    before = torch.nn.functional.pad
+    pair_grad = PairScores(
+        pair_grad.mean_i2t.contiguous(),
+        pair_grad.mean_t2i.contiguous(),
+        before(pair_grad.top_i2t.cumsum(dim=2), (1, 0)),  # the sum over the places before each
+        before(pair_grad.top_t2i.cumsum(dim=2), (1, 0)),
+    )
     grad_images = torch.zeros_like(images.rows, dtype=torch.float32)
     grad_texts = torch.zeros_like(texts.rows, dtype=torch.float32)
     for t0, t1, i0, i1 in _chunks(t, w, i, r):
@@ -127,11 +126,9 @@ def score_all_fused_backward(
         grad_x = torch.zeros((t1 - t0) * w, (i1 - i0) * r, dtype=dtype, device=extent.device)
         for blocks, smallest in _launches(w, r, dtype.itemsize, text_mask is not None, _GRAD_TILE_COLUMNS):
             align_grad_kernel[_grid(blocks, t1 - t0, i1 - i0)](
-                texts.rows[rows], images.rows[columns],
-                None if texts.mask is None else texts.mask[t0:t1],
-                None if images.mask is None else images.mask[i0:i1],
-                extent[t0:t1], *(x[t0:t1, i0:i1] for x in pair_grad), grad_x,
-                t1 - t0, i1 - i0, w, r, d, topk, i, **_constants(blocks, smallest, images, texts, mode),
+                _part(texts, w, slice(t0, t1)), _part(images, r, slice(i0, i1)), extent[t0:t1],
+                PairScores(*(x[t0:t1, i0:i1] for x in pair_grad)), grad_x, Sizes(t1 - t0, i1 - i0, w, r, d, topk), i,
+                blocks, smallest, _form(mode), num_warps=_NUM_WARPS, num_stages=_NUM_STAGES,
             )  # fmt: skip
         grad_images[columns] += grad_x.t() @ texts.rows[rows]
         grad_texts[rows] += grad_x @ images.rows[columns]
@@ -157,8 +154,11 @@ def _inputs(
         place = torch.arange(1, w + 1, dtype=torch.int32, device=text_mask.device)
         extent, order = (text_mask * place).amax(dim=1).sort(stable=True)
         text_fragments, text_mask = text_fragments.index_select(0, order), text_mask.index_select(0, order)
-    options = {"packed": False, "normalize": mode != "dot", "dtype": dtype}
-    sides = make_side(image_fragments, image_mask, **options), make_side(text_fragments, text_mask, **options)
+    normalize = mode != "dot"
+    sides = (
+        make_side(image_fragments, image_mask, packed=False, normalize=normalize, dtype=dtype),
+        make_side(text_fragments, text_mask, packed=False, normalize=normalize, dtype=dtype),
+    )
     images, texts = (
         side._replace(rows=side.rows.contiguous(), mask=None if side.mask is None else side.mask.contiguous())
         for side in sides
@@ -184,24 +184,29 @@ def _grid(blocks: Blocks, t: int, i: int) -> tuple[int, int]:
     return -(-t // blocks.texts), -(-i // blocks.images)
 
 
-def _constants(blocks: Blocks, smallest: int, images: Side, texts: Side, mode: str) -> dict[str, object]:
-    return {
-        "BT": blocks.texts,
-        "BI": blocks.images,
-        "WP": blocks.words,
-        "RA": blocks.regions_a,
-        "RB": blocks.regions_b,
-        "BD": blocks.depth,
-        "SMALLEST": smallest,
-        "MASKED_WORDS": texts.mask is not None,
-        "MASKED_REGIONS": images.mask is not None,
-        "SCAN": mode == "scan",
-        "SLOPE": LEAKY_SLOPE,
-        "EPS2": torch.finfo(torch.float32).eps ** 2,
-        "PRECISION": "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32",
-        "num_warps": _NUM_WARPS,
-        "num_stages": _NUM_STAGES,
-    }
+def _part(side: Side, width: int, items: slice) -> Fragments:
+    """What the kernel is given of the items of one side."""
+    mask = None if side.mask is None else side.mask[items]
+    longest = None if side.longest is None else side.longest[items]
+    return Fragments(side.rows[items.start * width : items.stop * width], mask, longest)
+
+
+def _form(mode: str) -> Form:
+    precision = "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+    eps = torch.finfo(torch.float32).eps
+    return Form(mode == "scan", LEAKY_SLOPE, eps**2, tie_tolerance(torch.float32), precision)
+
+
+def _spread_what_is_not_finite(out: PairScores, texts: Tensor, images: Tensor) -> None:
+    """NaN to all scores of an item (row) that is not finite: maxima on the chip pass a NaN over."""
+    text, image = (
+        x.new_zeros(len(x)).masked_fill_(~x.isfinite().all(dim=1), torch.nan).float() for x in (texts, images)
+    )
+    pair = text.unsqueeze(1) + image
+    out.mean_i2t.add_(pair)
+    out.mean_t2i.add_(pair)
+    out.top_i2t.add_(pair.unsqueeze(2))
+    out.top_t2i.add_(pair.unsqueeze(2))
 
 
 def _chunks(t: int, w: int, i: int, r: int) -> Iterator[tuple[int, int, int, int]]:
@@ -223,4 +228,8 @@ def _floor_power_of_2(n: int) -> int:
 
 @functools.cache
 def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
+    """Triton 3.5 or newer: arguments in groups, and the oldest that the kernels have been tried with."""
+    if importlib.util.find_spec("triton") is None:
+        return False
+    version: str = importlib.import_module("triton").__version__
+    return tuple(int(x) for x in version.split(".")[:2]) >= (3, 5)

@@ -1,3 +1,5 @@
+# mypy: ignore-errors
+# (values of a Triton program have no types that a checker knows)
 """What happens on one tile of image-text pairs, in pieces: see :mod:`hrem_layers.alignment.gpu.kernel`."""
 
 from __future__ import annotations
@@ -7,96 +9,103 @@ import triton.language as tl
 
 
 @triton.jit
-def score_tile(
-    texts, images, text_mask, image_mask, text, text_ok, image, num_images, W, R, D,
-    BT: tl.constexpr, BI: tl.constexpr, WP: tl.constexpr, RA: tl.constexpr, RB: tl.constexpr, BD: tl.constexpr,
-    MASKED_WORDS: tl.constexpr, MASKED_REGIONS: tl.constexpr,
-    SCAN: tl.constexpr, SLOPE: tl.constexpr, EPS2: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """What forward and backward share, for texts ``text`` (BT), those that are ``text_ok``, and images ``image`` (BI).
-
-    Of each part of the regions: s, which regions are real, 1 / ‖s over words‖, g and the places of g. Then f, the
-    places of f, 1 / ‖s over regions‖, which words are real, and how many words and regions are. f and g are
-    −inf where there is nothing real. Without a second part (RB = 0) the first stands in its place.
-    """
-    word_ok = word_mask(text_mask, text, text_ok, W, WP, MASKED_WORDS)
-    sa, ok_a = similarities(
-        texts, images, image_mask, text, text_ok, image, 0, num_images, W, R, D,
-        BT, BI, WP, RA, BD, MASKED_REGIONS, SCAN, SLOPE, PRECISION,
-    )  # fmt: skip
-    squares = tl.sum(sa * sa, axis=3)
-    regions = tl.sum(ok_a.to(tl.float32), axis=1)
-    inverse_a = inverse_root(tl.sum(sa * sa, axis=1), SCAN, EPS2)
-    f = best_region(sa, inverse_a, ok_a)
-    if RB:
-        sb, ok_b = similarities(
-            texts, images, image_mask, text, text_ok, image, RA, num_images, W, R, D,
-            BT, BI, WP, RB, BD, MASKED_REGIONS, SCAN, SLOPE, PRECISION,
-        )  # fmt: skip
-        squares += tl.sum(sb * sb, axis=3)
-        regions += tl.sum(ok_b.to(tl.float32), axis=1)
-        inverse_b = inverse_root(tl.sum(sb * sb, axis=1), SCAN, EPS2)
-        f = tl.maximum(f, best_region(sb, inverse_b, ok_b))
-    f = tl.where(word_ok[:, :, None], f, float("-inf"))
-    inverse_regions = inverse_root(squares, SCAN, EPS2)
-    ga = best_word(sa, inverse_regions, word_ok, ok_a)
-    place_a = region_places(ga, ga, 0, 0, RA, RA)
-    if RB:
-        gb = best_word(sb, inverse_regions, word_ok, ok_b)
-        place_a += region_places(ga, gb, 0, RA, RA, RB)
-        place_b = region_places(gb, gb, RA, RA, RB, RB) + region_places(gb, ga, RA, 0, RB, RA)
-    else:
-        sb, ok_b, inverse_b, gb, place_b = sa, ok_a, inverse_a, ga, place_a
-    words = tl.sum(word_ok.to(tl.float32), axis=1)
-    return (
-        sa, ok_a, inverse_a, ga, place_a, sb, ok_b, inverse_b, gb, place_b,
-        f, word_places(f, WP), inverse_regions, word_ok, words, regions,
-    )  # fmt: skip
+def launched(extent, sizes, BLOCKS: tl.constexpr, SMALLEST: tl.constexpr):
+    """The texts (BT) and images (BI) of this program, and which of the texts its launch is for."""
+    text = tl.program_id(0) * BLOCKS.texts + tl.arange(0, BLOCKS.texts)
+    image = tl.program_id(1) * BLOCKS.images + tl.arange(0, BLOCKS.images)
+    last_word = tl.load(extent + text, mask=text < sizes.texts, other=0)
+    return text, image, (last_word > SMALLEST) & (last_word <= BLOCKS.words)
 
 
 @triton.jit
-def word_mask(text_mask, text, text_ok, W, WP: tl.constexpr, MASKED: tl.constexpr):
+def score_tile(texts, images, text, text_ok, image, sizes, BLOCKS: tl.constexpr, FORM: tl.constexpr):
+    """What forward and backward share, for texts ``text`` (BT), those that are ``text_ok``, and images ``image`` (BI).
+
+    Of each part of the regions: s, which regions are real, 1 / ‖s over words‖ and g. Then f, 1 / ‖s over regions‖,
+    which words are real, and how many words and regions are. f and g are −inf where there is nothing real. Without a
+    second part (regions_b = 0) the first stands in its place.
+    """
+    A: tl.constexpr = BLOCKS.regions_a
+    B: tl.constexpr = BLOCKS.regions_b
+    word_ok = word_mask(texts, text, text_ok, sizes, BLOCKS.words)
+    sa, ok_a = similarities(texts, images, text, text_ok, image, 0, sizes, A, BLOCKS, FORM)
+    squares = tl.sum(sa * sa, axis=3)
+    regions = tl.sum(ok_a.to(tl.float32), axis=1)
+    inverse_a = inverse_root(tl.sum(sa * sa, axis=1), FORM)
+    f = best_region(sa, inverse_a, ok_a)
+    if B:
+        sb, ok_b = similarities(texts, images, text, text_ok, image, A, sizes, B, BLOCKS, FORM)
+        squares += tl.sum(sb * sb, axis=3)
+        regions += tl.sum(ok_b.to(tl.float32), axis=1)
+        inverse_b = inverse_root(tl.sum(sb * sb, axis=1), FORM)
+        f = tl.maximum(f, best_region(sb, inverse_b, ok_b))
+    f = tl.where(word_ok[:, :, None], f, float("-inf"))
+    inverse_regions = inverse_root(squares, FORM)
+    ga = best_word(sa, inverse_regions, word_ok, ok_a)
+    if B:
+        gb = best_word(sb, inverse_regions, word_ok, ok_b)
+    else:
+        sb, ok_b, inverse_b, gb = sa, ok_a, inverse_a, ga
+    words = tl.sum(word_ok.to(tl.float32), axis=1)
+    return sa, ok_a, inverse_a, ga, sb, ok_b, inverse_b, gb, f, inverse_regions, word_ok, words, regions
+
+
+@triton.jit
+def word_mask(texts, text, text_ok, sizes, WP: tl.constexpr):
     """Which words are real: (BT, WP)."""
     w = tl.arange(0, WP)
-    ok = text_ok[:, None] & (w < W)[None, :]
-    if MASKED:
-        ok = tl.load(text_mask + text[:, None] * W + w[None, :], mask=ok, other=0) != 0
+    ok = text_ok[:, None] & (w < sizes.words)[None, :]
+    if texts.mask is not None:
+        ok = tl.load(texts.mask + text[:, None] * sizes.words + w[None, :], mask=ok, other=0) != 0
     return ok
 
 
 @triton.jit
 def similarities(
-    texts, images, image_mask, text, text_ok, image, first, num_images, W, R, D,
-    BT: tl.constexpr, BI: tl.constexpr, WP: tl.constexpr, RP: tl.constexpr, BD: tl.constexpr,
-    MASKED: tl.constexpr, SCAN: tl.constexpr, SLOPE: tl.constexpr, PRECISION: tl.constexpr,
+    texts, images, text, text_ok, image, first, sizes, RP: tl.constexpr, BLOCKS: tl.constexpr, FORM: tl.constexpr
 ):  # fmt: skip
     """s (BT, WP, BI, RP) for RP regions from ``first`` on, and which of them are real (BI, RP)."""
-    w, r, d = tl.arange(0, WP), first + tl.arange(0, RP), tl.arange(0, BD)
-    row = tl.reshape(text.to(tl.int64)[:, None] * W + w[None, :], (BT * WP,))
-    row_ok = tl.reshape(text_ok[:, None] & (w < W)[None, :], (BT * WP,))
-    place = image.to(tl.int64)[:, None] * R + r[None, :]
-    ok = (image < num_images)[:, None] & (r < R)[None, :]
+    BT: tl.constexpr = BLOCKS.texts
+    BI: tl.constexpr = BLOCKS.images
+    WP: tl.constexpr = BLOCKS.words
+    D = sizes.dim
+    w, r, d = tl.arange(0, WP), first + tl.arange(0, RP), tl.arange(0, BLOCKS.depth)
+    row = tl.reshape(text.to(tl.int64)[:, None] * sizes.words + w[None, :], (BT * WP,))
+    row_ok = tl.reshape(text_ok[:, None] & (w < sizes.words)[None, :], (BT * WP,))
+    place = image.to(tl.int64)[:, None] * sizes.regions + r[None, :]
+    ok = (image < sizes.images)[:, None] & (r < sizes.regions)[None, :]
     column, column_ok = tl.reshape(place, (BI * RP,)), tl.reshape(ok, (BI * RP,))
     x = tl.zeros((BT * WP, BI * RP), tl.float32)
-    for start in range(0, D, BD):
+    for start in range(0, D, BLOCKS.depth):
         d_ok = start + d < D
-        c = tl.load(texts + row[:, None] * D + (start + d), mask=row_ok[:, None] & d_ok[None, :], other=0.0)
+        c = tl.load(texts.rows + row[:, None] * D + (start + d), mask=row_ok[:, None] & d_ok[None, :], other=0.0)
         v = tl.load(
-            images + column[None, :] * D + (start + d)[:, None], mask=column_ok[None, :] & d_ok[:, None], other=0.0
+            images.rows + column[None, :] * D + (start + d)[:, None], mask=column_ok[None, :] & d_ok[:, None], other=0.0
         )
-        x = tl.dot(c, v, x, input_precision=PRECISION)
-    if SCAN:
-        x = tl.where(x > 0, x, x * SLOPE)
-    if MASKED:
-        ok = tl.load(image_mask + place, mask=ok, other=0) != 0
+        x = tl.dot(c, v, x, input_precision=FORM.precision)
+    if FORM.scan:
+        x = tl.where(x > 0, x, x * FORM.slope)
+    if images.mask is not None:
+        ok = tl.load(images.mask + place, mask=ok, other=0) != 0
     return tl.reshape(x, (BT, WP, BI, RP)), ok
 
 
 @triton.jit
-def inverse_root(square, SCAN: tl.constexpr, EPS2: tl.constexpr):
+def tie_margins(texts, images, text, text_ok, image, sizes, FORM: tl.constexpr):
+    """How far values of a pair that tie may be apart (BT, BI): see :func:`hrem_layers.alignment.pooling.tie_margin`."""
+    margin = text_ok[:, None].to(tl.float32) * (image < sizes.images)[None, :].to(tl.float32) * FORM.tolerance
+    if texts.longest is not None:
+        margin = margin * tl.load(texts.longest + text, mask=text_ok, other=0.0)[:, None]
+        margin = margin * tl.load(images.longest + image, mask=image < sizes.images, other=0.0)[None, :]
+    return margin
+
+
+@triton.jit
+def inverse_root(square, FORM: tl.constexpr):
     """1 / √square, 0 below the rounding error of a cosine; 1 where there is no norm to divide by."""
-    if SCAN:
-        return tl.where(square > EPS2, 1.0 / tl.sqrt(tl.maximum(square, EPS2)), 0.0)
+    if FORM.scan:
+        root = 1.0 / tl.sqrt(tl.maximum(square, FORM.smallest_square))
+        return tl.where(square > FORM.smallest_square, root, 0.0)
     else:
         return square * 0.0 + 1.0
 
@@ -141,3 +150,35 @@ def region_places(g, other, first, other_first, RP: tl.constexpr, OTHER: tl.cons
     r, o = first + tl.arange(0, RP), other_first + tl.arange(0, OTHER)
     beats = precedes(g[:, :, :, None], r[None, None, :, None], other[:, :, None, :], o[None, None, None, :])
     return tl.sum(beats, axis=3)
+
+
+@triton.jit
+def region_wins(s, inverse_words, f, margin, region_ok):
+    """Which regions are the maximum f (BT, WP, BI) or tie with it: (BT, WP, BI, RP)."""
+    least = (f - margin[:, None, :])[:, :, :, None]
+    return (s * inverse_words[:, None, :, :] >= least) & region_ok[None, None, :, :]
+
+
+@triton.jit
+def word_wins(s, inverse_regions, g, margin, word_ok):
+    """Which words are the maximum g (BT, BI, RP) or tie with it: (BT, WP, BI, RP)."""
+    least = (g - margin[:, :, None])[:, None, :, :]
+    return (s * inverse_regions[:, :, :, None] >= least) & word_ok[:, :, None, None]
+
+
+@triton.jit
+def word_bounds(f, margin):
+    """f (BT, WP, BI) -> how many words exceed each by more than the margin, and how many tie with it."""
+    above = f[:, None, :, :] - f[:, :, None, :]
+    margin = margin[:, None, None, :]
+    exceed = tl.sum((above > margin).to(tl.int32), axis=2)
+    return exceed, tl.sum((tl.abs(above) <= margin).to(tl.int32), axis=2)
+
+
+@triton.jit
+def region_bounds(g, other, margin):
+    """g (BT, BI, RP) among ``other`` (BT, BI, OTHER): how many exceed each by more than the margin, how many tie."""
+    above = other[:, :, None, :] - g[:, :, :, None]
+    margin = margin[:, :, None, None]
+    exceed = tl.sum((above > margin).to(tl.int32), axis=3)
+    return exceed, tl.sum((tl.abs(above) <= margin).to(tl.int32), axis=3)

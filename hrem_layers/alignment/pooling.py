@@ -1,0 +1,85 @@
+"""From one value per fragment that receives to p and q: means and largest values, forward and backward.
+
+``values`` is (a, b, m), for each of a · b pairs the values of m fragments; ``real`` says which of them count and
+broadcasts to it, None = all. This is the one pooling of the alignment, and :func:`tie_margin` its one rule of what
+counts as equal: what a few units in the last place decide would be decided by chance.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from hrem_layers._core.numerics import tie_tolerance
+
+
+def tie_margin(dtype: torch.dtype, lengths: tuple[Tensor, Tensor] | None) -> float | Tensor:
+    """How far two values of a pair may be apart and still be equal: the tolerance of their dtype times their scale.
+
+    The scale is 1 for what comes from cosines (``lengths`` None). Products of vectors are rounded in proportion to
+    the vectors' lengths: there ``lengths`` are those of the longest fragments of both items, broadcast to (a, b), and
+    each pair has a margin of its own.
+    """
+    tolerance = tie_tolerance(dtype)
+    return tolerance if lengths is None else lengths[0] * tolerance * lengths[1]
+
+
+def pool(values: Tensor, real: Tensor | None, out_mean: Tensor, out_top: Tensor) -> None:
+    """Writes the mean (a, b) and the largest values (a, b, k), in descending order, of the real ``values``.
+
+    ``out_top`` must hold zeros; places for which there is no value are left alone.
+    """
+    k = min(out_top.shape[-1], values.shape[-1])
+    if real is None:
+        mean, top = values.mean(dim=-1), values.topk(k, dim=-1).values
+    else:
+        count = real.sum(dim=-1)
+        mean = values.masked_fill(~real, 0).sum(dim=-1) / count.clamp(min=1)
+        top = values.masked_fill(~real, -torch.inf).topk(k, dim=-1).values.masked_fill(~_taken(count, k), 0)
+    out_mean.copy_(mean)
+    out_top[..., :k].copy_(top)
+
+
+def pool_backward(
+    values: Tensor, real: Tensor | None, grad_mean: Tensor, grad_top: Tensor, margin: float | Tensor
+) -> Tensor:
+    """The gradient (a, b, m) of the values. Each place of q gives its own evenly to all values that tie with it.
+
+    ``margin`` is that of :func:`tie_margin`, a number or (a, b).
+    """
+    m = values.shape[-1]
+    k = min(grad_top.shape[-1], m)
+    grad_top = grad_top[..., :k]
+    if real is None:
+        grad = (grad_mean / m).unsqueeze(-1).expand(values.shape).contiguous()
+    else:
+        count = real.sum(dim=-1)
+        grad = (grad_mean / count.clamp(min=1)).unsqueeze(-1).masked_fill(~real, 0).contiguous()
+        grad_top = grad_top.masked_fill(~_taken(count, k), 0)
+        values = values.masked_fill(~real, -torch.inf)
+    largest, index = values.topk(min(k + 1, m), dim=-1)
+    margin = margin if isinstance(margin, float) else margin.unsqueeze(-1)
+    if values.device.type != "cpu":  # no look at the values, which would wait for them
+        return grad.add_(_shared(values, largest[..., :k], grad_top, margin))
+    tied = (largest[..., :-1] - largest[..., 1:] <= margin).any(dim=-1)
+    grad.scatter_add_(-1, index[..., :k], grad_top.masked_fill(tied.unsqueeze(-1), 0))
+    rows = tied.nonzero(as_tuple=True)  # few, as a rule
+    if rows[0].numel():
+        margin = margin if isinstance(margin, float) else margin[rows]
+        grad[rows] += _shared(values[rows], largest[..., :k][rows], grad_top[rows], margin)
+    return grad
+
+
+def _shared(values: Tensor, largest: Tensor, grad_top: Tensor, margin: float | Tensor) -> Tensor:
+    """The gradients (..., k) of the places, each shared among the values (..., m) that tie with what stands there."""
+    grad = torch.zeros_like(values)
+    for place in range(largest.shape[-1]):
+        tied = (values - largest[..., place : place + 1]).abs() <= margin
+        share = grad_top[..., place : place + 1] / tied.sum(dim=-1, keepdim=True).clamp(min=1)
+        grad.add_(torch.where(tied, share, 0))
+    return grad
+
+
+def _taken(count: Tensor, k: int) -> Tensor:
+    """Which of k sorted places hold a real value, given how many real values there are."""
+    return torch.arange(k, device=count.device) < count.unsqueeze(-1)

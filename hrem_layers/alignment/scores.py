@@ -1,0 +1,45 @@
+"""What the alignment of images with texts gives, and the names of its modes."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+MODES = ("scan", "cosine", "dot")
+
+
+class Scores(NamedTuple):
+    """p (means) and q (largest values) of both directions; the row is the side that receives.
+
+    ``top_*`` are in descending order along the last dimension, with 0 where there is no value.
+    """
+
+    mean_i2t: Tensor  # [i, t]
+    mean_t2i: Tensor  # [t, i]
+    top_i2t: Tensor  # [i, t, k]
+    top_t2i: Tensor  # [t, i, k]
+
+
+class PairScores(NamedTuple):
+    """The same four, all with texts in front, as the blocks of the product have them."""
+
+    mean_i2t: Tensor  # [t, i]
+    mean_t2i: Tensor  # [t, i]
+    top_i2t: Tensor  # [t, i, k]
+    top_t2i: Tensor  # [t, i, k]
+
+    @classmethod
+    def of(cls, scores: Scores) -> PairScores:
+        return cls(scores.mean_i2t.t(), scores.mean_t2i, scores.top_i2t.transpose(0, 1), scores.top_t2i)
+
+    def scores(self) -> Scores:
+        return Scores(
+            self.mean_i2t.t().contiguous(),
+            self.mean_t2i.contiguous(),
+            self.top_i2t.transpose(0, 1).contiguous(),
+            self.top_t2i.contiguous(),
+        )
+
+    def window(self, texts: slice, images: slice) -> PairScores:
+        return PairScores(*(x[texts, images] for x in self))
