@@ -9,7 +9,7 @@ from hrem_layers.fragments import FragmentRelation
 from hrem_layers.graph import AssociationGraph
 from hrem_layers.interaction import RelationInteraction
 from hrem_layers.loss import HREMLoss, HREMTerms
-from hrem_layers.losses import InfoNCELoss, TripletLoss
+from hrem_layers.losses import InfoNCELoss, SigmoidLoss, TripletLoss
 from hrem_layers.relations import RelationGraph
 from hrem_layers.retrieval import RetrievalMetrics, retrieval_metrics
 from hrem_layers.sampler import NeighborBatchSampler
@@ -26,6 +26,7 @@ __all__ = [
     "RelationGraph",
     "RelationInteraction",
     "RetrievalMetrics",
+    "SigmoidLoss",
     "TripletLoss",
     "align_fragments",
     "retrieval_metrics",
