@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hrem_layers._core.checks import check_tensor, describe, said
+from hrem_layers._core.checks import check_number, check_tensor, describe, said
 from hrem_layers._core.numerics import compute_dtype
 
 REDUCTIONS = ("sum", "mean")
@@ -31,6 +31,11 @@ def check_pair_flags(name: str, flags: object, similarity: Tensor, meaning: str)
         raise ValueError(f"{name} must have shape {shape} like similarity, got {describe(flags)}")
     if flags.device != similarity.device:
         raise ValueError(f"{name} must be on {similarity.device} like similarity, got {describe(flags)}")
+
+
+def check_constant(name: str, value: float, **bounds: float) -> float:
+    """A number in its range; not looked at in a traced graph, where it may be a symbol."""
+    return value if torch.compiler.is_compiling() else check_number(name, value, **bounds)
 
 
 def one_if_finite(*tensors: Tensor) -> Tensor:

@@ -40,9 +40,9 @@ def sum_over_anchors(
         return _whole(loss, similarity, positives, ways, shared)
     if not (torch.is_grad_enabled() and any(x.requires_grad for x in (similarity, *shared))):
         return _in_chunks(loss, similarity, positives, ways, shared, grads=None)
-    return _SumOverAnchors.apply(loss, len(shared), [len(way) for way in ways], similarity, positives, *shared, *(
-        x for way in ways for x in way
-    ))[0]  # fmt: skip
+    tensors = (similarity, positives, *shared, *(x for way in ways for x in way))
+    total: Tensor = _SumOverAnchors.apply(loss, len(shared), [len(way) for way in ways], *tensors)[0]  # type: ignore[no-untyped-call]
+    return total
 
 
 def _whole(loss: RowLoss, similarity: Tensor, positives: Tensor, ways: Ways, shared: tuple[Tensor, ...]) -> Tensor:
@@ -86,7 +86,9 @@ def _in_chunks(
 def _cut(x: Tensor, way: int, here: slice) -> Tensor:
     """Rows, or columns as rows, without gradient, side by side in memory. Of columns first the block, then its
     transpose: step by step through the rows of a large matrix, each number would cost a cache line."""
-    return x.detach()[:, here].clone(memory_format=torch.contiguous_format).t().contiguous() if way else x.detach()[here]
+    if not way:
+        return x.detach()[here]
+    return x.detach()[:, here].clone(memory_format=torch.contiguous_format).t().contiguous()
 
 
 class _SumOverAnchors(torch.autograd.Function):

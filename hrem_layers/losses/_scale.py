@@ -17,7 +17,7 @@ def as_number(value: object) -> object:
     return value
 
 
-def inverse(temperature: float, max_scale: float) -> float:
+def log_of_inverse(temperature: float, max_scale: float) -> float:
     """log(1/τ), at most log(max_scale)."""
     return min(-math.log(temperature), math.log(max_scale))
 
@@ -25,7 +25,7 @@ def inverse(temperature: float, max_scale: float) -> float:
 def check_shared(name: str, parameter: object) -> nn.Parameter:
     """A parameter of one element that another module owns."""
     if not isinstance(parameter, nn.Parameter):
-        raise TypeError(f"{name} must be a torch.nn.Parameter of one element, such as a model's own, got {said(parameter)}")
+        raise TypeError(f"{name} must be a torch.nn.Parameter of one element, got {said(parameter)}")
     check_tensor(name, parameter, ("1",) if parameter.dim() else ())
     if parameter.numel() != 1:
         raise ValueError(f"{name} must have one element, got shape {tuple(parameter.shape)}")

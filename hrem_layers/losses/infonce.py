@@ -8,10 +8,10 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from hrem_layers._core.checks import check_bool, check_choice, check_number, check_tensor
-from hrem_layers.losses._pairs import REDUCTIONS, check_pairs, one_if_finite
-from hrem_layers.losses._rows import sum_over_anchors
-from hrem_layers.losses._scale import check_shared, check_temperature, clamp_own, inverse, scale_of, share
+from hrem_layers._core.checks import check_bool, check_choice, check_tensor
+from hrem_layers.losses._pairs import REDUCTIONS, check_constant, check_pairs, one_if_finite
+from hrem_layers.losses._rows import RowLoss, sum_over_anchors
+from hrem_layers.losses._scale import check_shared, check_temperature, clamp_own, log_of_inverse, scale_of, share
 
 MAX_SCALE = 100.0
 DEFAULT_TEMPERATURE = 0.07
@@ -29,17 +29,21 @@ def info_nce_loss(
         reduction: ``"mean"`` or ``"sum"``.
 
     Example:
+        >>> import torch
+        >>> from hrem_layers.losses import info_nce_loss
         >>> similarity = torch.tensor([[0.9, 0.2], [0.1, 0.7]])
         >>> info_nce_loss(similarity, torch.eye(2, dtype=torch.bool), scale=10.0)
-        tensor(0.0024)
+        tensor(0.0026)
     """
     check_choice("reduction", reduction, REDUCTIONS)
     s = check_pairs(similarity, positives)
+    shared: tuple[Tensor, ...] = ()
+    row_loss: RowLoss = _row_loss
     if isinstance(scale, Tensor):
         scale = check_tensor("scale", scale, (), device=s.device).to(s.dtype)
-        shared, row_loss = (scale,), _row_loss
+        shared = (scale,)
     else:
-        shared, row_loss = (), partial(_row_loss, scale=check_number("scale", scale, above=0))
+        row_loss = partial(_row_loss, scale=check_constant("scale", scale, above=0))
     loss = sum_over_anchors(
         row_loss, s, positives, ways=tuple((_weights(positives, d, reduction, s.dtype),) for d in (1, 0)), shared=shared
     )
@@ -50,7 +54,7 @@ def _weights(positives: Tensor, dim: int, reduction: str, dtype: torch.dtype) ->
     """What each anchor counts, (n, 1); those without a positive count 0 by having none."""
     anchors = positives.any(dim=dim).unsqueeze(1)
     weight = torch.full_like(anchors, 0.5, dtype=dtype)
-    return weight / anchors.sum().clamp(min=1) if reduction == "mean" else weight
+    return weight / torch.count_nonzero(anchors).clamp(min=1) if reduction == "mean" else weight
 
 
 def _row_loss(s: Tensor, positives: Tensor, weight: Tensor, scale: float | Tensor) -> Tensor:
@@ -88,9 +92,11 @@ class InfoNCELoss(nn.Module):
             temperature or with ``learnable``.
 
     Example:
+        >>> import torch
+        >>> from hrem_layers.losses import InfoNCELoss
         >>> similarity = torch.tensor([[0.9, 0.2], [0.1, 0.7]])
         >>> InfoNCELoss(0.1)(similarity, torch.eye(2, dtype=torch.bool))
-        tensor(0.0024)
+        tensor(0.0026)
     """
 
     log_scale: nn.Parameter
@@ -115,7 +121,7 @@ class InfoNCELoss(nn.Module):
                 )
             share(self, "log_scale", check_shared("log_scale", log_scale))
         elif learnable:
-            self.log_scale = nn.Parameter(torch.tensor(inverse(self.temperature, MAX_SCALE)))
+            self.log_scale = nn.Parameter(torch.tensor(log_of_inverse(self.temperature, MAX_SCALE)))
 
     def extra_repr(self) -> str:
         if self.shared:

@@ -28,6 +28,8 @@ def hardest_negative(similarity: Tensor, positives: Tensor) -> tuple[Tensor, Ten
         Its similarity (N, 1), 0 without one, and whether there is one (N, 1) bool.
 
     Example:
+        >>> import torch
+        >>> from hrem_layers.losses import hardest_negative
         >>> similarity = torch.tensor([[0.9, 0.3, 0.1]])
         >>> hardest_negative(similarity, torch.tensor([[True, False, False]]))
         (tensor([[0.3000]]), tensor([[True]]))
@@ -62,6 +64,8 @@ def distance_weighted_negative(
         Its similarity (N, 1), and whether there is a candidate (N, 1) bool.
 
     Example:
+        >>> import torch
+        >>> from hrem_layers.losses import distance_weighted_negative
         >>> similarity = torch.tensor([[0.9, 0.3, -0.8]])  # the last one is at a distance of 1.9
         >>> distance_weighted_negative(similarity, torch.tensor([[True, False, False]]))
         (tensor([[0.3000]]), tensor([[True]]))
@@ -79,6 +83,8 @@ def every_negative_weights(similarity: Tensor, positives: Tensor) -> Tensor:
     """1 for every negative, 0 for positives: (N, M).
 
     Example:
+        >>> import torch
+        >>> from hrem_layers.losses import every_negative_weights
         >>> every_negative_weights(torch.zeros(1, 3), torch.tensor([[True, False, False]]))
         tensor([[0., 1., 1.]])
     """
@@ -93,6 +99,8 @@ def expected_negative_weights(
     Rows sum to 1; a row without a candidate is 0.
 
     Example:
+        >>> import torch
+        >>> from hrem_layers.losses import expected_negative_weights
         >>> similarity = torch.tensor([[0.9, 0.3, 0.3]])
         >>> expected_negative_weights(similarity, torch.tensor([[True, False, False]]))
         tensor([[0.0000, 0.5000, 0.5000]])
@@ -116,15 +124,17 @@ def distance_log_weights(
     sphere in n = ``weight_dim`` dimensions), and −inf for positives and where d ≥ ``nonzero_cutoff``.
 
     Example:
+        >>> import torch
+        >>> from hrem_layers.losses import distance_log_weights
         >>> distance_log_weights(torch.tensor([[1.0, 0.0]]), torch.tensor([[True, False]]), weight_dim=3)
         tensor([[   -inf, -0.3466]])
     """
-    # in terms of d² = 2 − 2s and 1 − d²/4 = (1 + s) / 2: no root, and nothing cancels
-    s = similarity.detach().clamp(max=1 - cutoff**2 / 2)
-    # (1 + s) / 2 is 0 at d = 2, where only nonzero_cutoff = 2 looks, and below 0 by rounding
-    half = ((1 + s) / 2).clamp(min=torch.finfo(s.dtype).eps)
-    log_w = (1 - weight_dim / 2) * (2 - 2 * s).log() - (weight_dim - 3) / 2 * half.log()
-    return log_w.masked_fill(positives | (s <= 1 - nonzero_cutoff**2 / 2), -torch.inf)
+    s = similarity.detach()
+    distance = (2 - 2 * s).clamp(min=0).sqrt().clamp(min=cutoff)
+    # 1 − d²/4 is 0 at d = 2, where only nonzero_cutoff = 2 looks, and below 0 by rounding
+    rest = (1 - distance.square() / 4).clamp(min=torch.finfo(s.dtype).eps)
+    log_w = (2 - weight_dim) * distance.log() - (weight_dim - 3) / 2 * rest.log()
+    return log_w.masked_fill(positives | (distance >= nonzero_cutoff), -torch.inf)
 
 
 def draw(log_weights: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:

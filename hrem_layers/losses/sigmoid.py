@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hrem_layers._core.checks import check_bool, check_choice, check_number, check_tensor
-from hrem_layers.losses._pairs import REDUCTIONS, check_pairs, one_if_finite
+from hrem_layers.losses._pairs import REDUCTIONS, check_constant, check_pairs, one_if_finite
 from hrem_layers.losses._rows import sum_over_anchors
 from hrem_layers.losses._scale import as_number, check_shared, check_temperature, scale_of, share
 
@@ -33,9 +35,11 @@ def sigmoid_loss(
         reduction: ``"mean"`` or ``"sum"``.
 
     Example:
+        >>> import torch
+        >>> from hrem_layers.losses import sigmoid_loss
         >>> similarity = torch.tensor([[0.9, 0.2], [0.1, 0.7]])
         >>> sigmoid_loss(similarity, torch.eye(2, dtype=torch.bool), scale=10.0, bias=-5.0)
-        tensor(0.1012)
+        tensor(0.1059)
     """
     check_choice("reduction", reduction, REDUCTIONS)
     s = check_pairs(similarity, positives)
@@ -44,7 +48,7 @@ def sigmoid_loss(
         if isinstance(value, Tensor):
             numbers.append(check_tensor(name, value, (), device=s.device).to(s.dtype))
         else:
-            numbers.append(s.new_full((), check_number(name, value, **options)))
+            numbers.append(s.new_full((), check_constant(name, value, **options)))
     loss = sum_over_anchors(_row_loss, s, positives, ways=((),), shared=tuple(numbers))
     if reduction == "mean":
         loss = loss / max(s.shape)
@@ -85,14 +89,16 @@ class SigmoidLoss(nn.Module):
             temperature.
 
     Example:
+        >>> import torch
+        >>> from hrem_layers.losses import SigmoidLoss
         >>> similarity = torch.tensor([[0.9, 0.2], [0.1, 0.7]])
         >>> loss = SigmoidLoss(0.1, bias=-5.0)
         >>> print(round(loss(similarity, torch.eye(2, dtype=torch.bool)).item(), 4))
-        0.1012
+        0.1059
     """
 
-    log_scale: Tensor
-    bias: Tensor
+    log_scale: Tensor | float
+    bias: Tensor | float
 
     def __init__(
         self,
@@ -112,20 +118,17 @@ class SigmoidLoss(nn.Module):
                 raise ValueError("log_scale must come without temperature: the parameter that it shares holds it")
             share(self, "log_scale", check_shared("log_scale", log_scale))
         else:
-            self._own("log_scale", torch.tensor(1 / self.temperature).log())
+            self._own("log_scale", -math.log(self.temperature))
         self._bias: float | None = None  # what it started from, unless shared
         if isinstance(bias, nn.Parameter):
             share(self, "bias", check_shared("bias", bias))
         else:
             self._bias = check_number("bias", as_number(bias))
-            self._own("bias", torch.tensor(self._bias))
+            self._own("bias", self._bias)
         self.shares_scale = log_scale is not None
 
-    def _own(self, name: str, value: Tensor) -> None:
-        if self.learnable:
-            self.register_parameter(name, nn.Parameter(value))
-        else:
-            self.register_buffer(name, value, persistent=False)
+    def _own(self, name: str, value: float) -> None:
+        setattr(self, name, nn.Parameter(torch.tensor(value)) if self.learnable else value)
 
     def extra_repr(self) -> str:
         scale = f"log_scale={self.log_scale}" if self.shares_scale else f"{self.temperature}"
@@ -146,5 +149,6 @@ class SigmoidLoss(nn.Module):
             TypeError, ValueError: an argument has the wrong type, dtype, shape or device.
         """
         s = check_pairs(similarity, positives)
-        scale, bias = scale_of(self.log_scale, s), self.bias.to(s.dtype).reshape(())
+        scale = scale_of(self.log_scale, s) if isinstance(self.log_scale, Tensor) else 1 / self.temperature
+        bias = self.bias.to(s.dtype).reshape(()) if isinstance(self.bias, Tensor) else self.bias
         return sigmoid_loss(s, positives, scale=scale, bias=bias, reduction=self.reduction)

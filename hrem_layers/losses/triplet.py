@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,8 @@ from hrem_layers.losses.negatives import (
 )
 
 NEGATIVES = ("distance_weighted", "hardest", "all", "expected")
+
+FIRST, SECOND = "the first result of negative_sampling (negative)", "the second result of negative_sampling (found)"
 
 NegativeSampling = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 """``(similarity (N, M), positives (N, M)) -> (negative (N, 1), found (N, 1) bool)``; anchors are the rows."""
@@ -41,11 +44,14 @@ def triplet_loss(
     """What :class:`TripletLoss` computes, as a function; same options, arguments and errors.
 
     Example:
+        >>> import torch
+        >>> from hrem_layers.losses import triplet_loss
         >>> similarity = torch.tensor([[0.9, 0.8], [0.1, 0.7]])
         >>> triplet_loss(similarity, torch.eye(2, dtype=torch.bool), negative_sampling="hardest")
         tensor(0.4000)
     """
-    check_options(margin, negative_sampling, cutoff, nonzero_cutoff, weight_dim, reduction)
+    if not torch.compiler.is_compiling():  # numbers may be symbols there
+        check_options(margin, negative_sampling, cutoff, nonzero_cutoff, weight_dim, reduction)
     s = check_pairs(similarity, positives)
     n, m = s.shape
     if noise is not None:
@@ -57,7 +63,7 @@ def triplet_loss(
     row_loss: RowLoss
     if negative_sampling == "distance_weighted":
         assert noise is not None
-        ways = tuple((x.unsqueeze(1),) for x in noise.split([n, m]))
+        ways = tuple((x.unsqueeze(1),) for x in (noise[:n], noise[n:]))
         row_loss = partial(_against_drawn, margin=margin, options=options)
     elif negative_sampling == "hardest":
         row_loss = partial(_against_hardest, margin=margin)
@@ -68,16 +74,14 @@ def triplet_loss(
     if isinstance(negative_sampling, str):
         loss = sum_over_anchors(row_loss, s, positives, ways=ways)
     else:
-        loss = sum(
-            hinge_against_one(x, p, *_chosen(negative_sampling, x, p), margin=margin)
-            for x, p in ((s, positives), (s.t(), positives.t()))
-        )
+        loss = _against_chosen(s, positives, negative_sampling, margin=margin)
+        loss = loss + _against_chosen(s.t(), positives.t(), negative_sampling, margin=margin)
     if reduction == "mean":
-        loss = loss / positives.sum().clamp(min=1)
+        loss = loss / torch.count_nonzero(positives).clamp(min=1)
     return loss * one_if_finite(s, *(() if noise is None else (noise,)))
 
 
-def _against_drawn(s: Tensor, positives: Tensor, noise: Tensor, *, margin: float, options: dict[str, float]) -> Tensor:
+def _against_drawn(s: Tensor, positives: Tensor, noise: Tensor, *, margin: float, options: dict[str, Any]) -> Tensor:
     negative, found = distance_weighted_negative(s, positives, noise=noise, **options)
     return hinge_against_one(s, positives, negative, found, margin=margin)
 
@@ -90,8 +94,14 @@ def _against_all(s: Tensor, positives: Tensor, *, margin: float) -> Tensor:
     return hinge_against_many(s, positives, every_negative_weights(s, positives), margin=margin)
 
 
-def _against_expected(s: Tensor, positives: Tensor, *, margin: float, options: dict[str, float]) -> Tensor:
+def _against_expected(s: Tensor, positives: Tensor, *, margin: float, options: dict[str, Any]) -> Tensor:
     return hinge_against_many(s, positives, expected_negative_weights(s, positives, **options), margin=margin)
+
+
+def _against_chosen(s: Tensor, positives: Tensor, choose: NegativeSampling, *, margin: float) -> Tensor:
+    negative, found = _chosen(choose, s, positives)
+    loss = hinge_against_one(s, positives, negative, found, margin=margin)
+    return loss * one_if_finite(torch.where(found, negative, 0))
 
 
 def _chosen(choose: NegativeSampling, similarity: Tensor, positives: Tensor) -> tuple[Tensor, Tensor]:
@@ -102,8 +112,8 @@ def _chosen(choose: NegativeSampling, similarity: Tensor, positives: Tensor) -> 
         raise TypeError(f"negative_sampling must return (negative, found), got {got}")
     negative, found = result
     column = similarity[:, :1]
-    check_tensor("negative, the first result of negative_sampling,", negative, tuple(column.shape), device=column.device)
-    check_pair_flags("found, the second result of negative_sampling,", found, column, "the anchor has a negative")
+    check_tensor(FIRST, negative, tuple(column.shape), device=column.device)
+    check_pair_flags(SECOND, found, column, "the anchor has a negative")
     return negative.to(similarity.dtype), found
 
 
@@ -117,7 +127,7 @@ def check_options(
     reduction: str,
 ) -> None:  # fmt: skip
     check_number("margin", margin, minimum=0)
-    if not (callable(negative_sampling) or isinstance(negative_sampling, str) and negative_sampling in NEGATIVES):
+    if not (callable(negative_sampling) or (isinstance(negative_sampling, str) and negative_sampling in NEGATIVES)):
         known = ", ".join(map(repr, NEGATIVES))
         raise ValueError(
             f"negative_sampling must be one of {known}, or a callable (similarity, positives) -> (negative, found), "
@@ -181,6 +191,8 @@ class TripletLoss(nn.Module):
         TypeError, ValueError: an option has the wrong type or is out of its range.
 
     Example:
+        >>> import torch
+        >>> from hrem_layers.losses import TripletLoss
         >>> similarity = torch.tensor([[0.9, 0.8], [0.1, 0.7]])
         >>> TripletLoss(negative_sampling="hardest")(similarity, torch.eye(2, dtype=torch.bool))
         tensor(0.4000)
