@@ -42,7 +42,7 @@ def one_if_finite(*tensors: Tensor) -> Tensor:
     """A scalar, 1, or NaN if any element is NaN or infinite; no value is waited for.
 
     A factor of every loss, because a choice among elements hides what it does not choose. As a factor and not a
-    summand it also makes the gradient NaN, which is what a gradient scaler looks at.
+    summand it also reaches the gradient, which is what a gradient scaler looks at.
     """
     factor = torch.ones((), dtype=tensors[0].dtype, device=tensors[0].device)
     for x in tensors:

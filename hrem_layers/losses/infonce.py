@@ -72,7 +72,7 @@ class InfoNCELoss(nn.Module):
 
     P(x) are the positives of x. With one positive per row this is CLIP's loss (Radford et al., 2021); with
     several, the average over them outside the logarithm (Khosla et al., 2020, "L_out"). An anchor without
-    a positive contributes 0. A NaN or an infinity anywhere in ``similarity`` makes the loss and its gradient NaN.
+    a positive contributes 0. A NaN or an infinity anywhere in ``similarity`` makes the loss NaN.
 
     Args:
         temperature: τ > 0; at least 0.01 if learnable (less by up to 1%, as rounding leaves ``1 /

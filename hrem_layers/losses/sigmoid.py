@@ -69,7 +69,7 @@ class SigmoidLoss(nn.Module):
 
     (Zhai et al., "Sigmoid Loss for Language Image Pre-Training", ICCV 2023, equation in section 3.2, where N = M.)
     No pair is compared with another, so any number of positives per row and column is as good as one. A NaN or an
-    infinity anywhere in ``similarity`` makes the loss and its gradient NaN.
+    infinity anywhere in ``similarity`` makes the loss NaN.
 
     Args:
         temperature: τ = 1/t > 0 to start from. A number, or a tensor of one element, of which the value is taken once.

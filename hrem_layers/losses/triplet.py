@@ -175,7 +175,7 @@ class TripletLoss(nn.Module):
     alone (there the loss of that direction becomes 0 for the whole batch); all equal ids are positives
     (its hinge takes only the diagonal); an anchor with several positives has one draw for all of them
     (there one for each, from the same distribution). Similarities rounded over 1 give no NaN. A NaN or an infinity
-    anywhere in ``similarity`` or ``noise`` makes the loss and its gradient NaN.
+    anywhere in ``similarity`` or ``noise`` makes the loss NaN.
 
     Memory grows as N·M for every choice, also for ``"all"`` with several positives per row.
 
