@@ -299,9 +299,9 @@ CALLS = [
         (call, {"similarity": torch.zeros(3, 0), "positives": WRONG[:3, :0]}, ValueError,
          "similarity", "at least 1", "(3, 0)"),
     )),
-    (triplet_call, {"noise": torch.ones(N, N)}, ValueError, "noise", "(2, 4, 4)", "(4, 4)"),
-    (triplet_call, {"noise": torch.ones(2, N, N).long()}, TypeError, "noise", "floating-point", "int64"),
-    (triplet_call, {"noise": 0.5}, TypeError, "noise", "(2, 4, 4)", "float"),
+    (triplet_call, {"noise": torch.ones(N, N)}, ValueError, "noise", "(8,)", "(4, 4)"),
+    (triplet_call, {"noise": torch.ones(2 * N).long()}, TypeError, "noise", "floating-point", "int64"),
+    (triplet_call, {"noise": 0.5}, TypeError, "noise", "(8,)", "float"),
     (some_graph().block, {"name": "x2i"}, ValueError, "name", "'i2i', 'i2t', 't2i', 't2t'", "'x2i'"),
 ]  # fmt: skip
 

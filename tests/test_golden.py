@@ -16,7 +16,7 @@ from hrem_layers import (
     align_fragments,
 )
 from hrem_layers._core.numerics import l2_normalize
-from hrem_layers.losses.triplet import distance_log_weights
+from hrem_layers.losses import distance_log_weights
 
 VALUE, GRADIENT = 1e-5, 1e-4
 
@@ -116,9 +116,12 @@ def test_distance_weights(size, dtype):
 def test_triplet_with_the_most_likely_negative(size, dtype):
     z = golden(size, "triplet_loss", dtype)
     images, texts, similarity, positives = pairs_of(z)
-    # equal variates for all: the heaviest negative wins
-    noise = torch.ones(2, *similarity.shape, dtype=dtype)
-    loss = TripletLoss(float(z["margin"]), **triplet_of(z))(similarity, positives, noise=noise)
+
+    def most_likely(s, p):
+        log_w = distance_log_weights(s, p, **triplet_of(z))
+        return s.gather(1, log_w.argmax(dim=1, keepdim=True)), (log_w > -torch.inf).any(dim=1, keepdim=True)
+
+    loss = TripletLoss(float(z["margin"]), negative_sampling=most_likely)(similarity, positives)
     assert_near(loss, z["loss_with_most_likely_negative"], VALUE)
     image_grad, text_grad = torch.autograd.grad(loss, (images, texts))
     assert_near(image_grad, z["grad_image"], GRADIENT)

@@ -21,6 +21,7 @@ from hrem_layers import (
     RelationInteraction,
     TripletLoss,
 )
+from hrem_layers.losses import negatives
 
 DOUBLE, D = torch.float64, 8
 PAIR_LOSSES = {
@@ -288,27 +289,27 @@ def test_order_of_the_batch(pair_loss, mechanism):
     assert_same_gradients(all_gradients(module, b, there.total), all_gradients(module, b, here.total), 1e-8)
 
 
-def hold_weights(pair_loss):
+def hold_weights(monkeypatch):
     """The weights of the negatives and the guide of the regulariser are targets, without gradient: for finite
     differences they must stay what they were in the first call."""
-    weigh, held = pair_loss._log_weights, []
+    weigh, held = negatives.distance_log_weights, []
 
-    def held_weights(s, positives):
-        held.append(weigh(s, positives) if len(held) < 8 else held[len(held) % 8])
+    def held_weights(s, positives, **options):
+        held.append(weigh(s, positives, **options) if len(held) < 8 else held[len(held) % 8])
         return held[-1]
 
-    pair_loss._log_weights = held_weights
+    monkeypatch.setattr(negatives, "distance_log_weights", held_weights)
 
 
 @pytest.mark.parametrize("pair_loss", [*PAIR_LOSSES, "distance_weighted"])
 @pytest.mark.parametrize("mechanism", ["fusion", "standalone"])
-def test_gradcheck(pair_loss, mechanism):
+def test_gradcheck(pair_loss, mechanism, monkeypatch):
     sampled = TripletLoss(0.5, weight_dim=4) if pair_loss == "distance_weighted" else pair_loss
     module, b = hrem(sampled, mechanism=mechanism).eval(), inputs(n=3, r=3, w=3)
     b["image_ids"] = torch.tensor([4, 9, 4])
     if pair_loss in ("distance_weighted", "expected"):
-        hold_weights(module.pair_loss)
-        noise = torch.rand(2, 3, 3, dtype=DOUBLE)
+        hold_weights(monkeypatch)
+        noise = torch.rand(6, dtype=DOUBLE)
         module.pair_loss.draw_noise = lambda similarity: noise
     v, u, r, c, *rest = b.values()
     names = [name for name, _ in module.named_parameters()]

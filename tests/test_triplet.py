@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from support import assert_near, generator
 
 from hrem_layers import TripletLoss
-from hrem_layers.losses.triplet import distance_log_weights, sampled_negative
+from hrem_layers.losses import distance_log_weights, negatives
+from hrem_layers.losses.negatives import draw
 
 DOUBLE = torch.float64
 NEGATIVES = ("distance_weighted", "hardest", "all", "expected")
@@ -134,8 +135,8 @@ def test_draws_follow_the_weights(transposed):
 def test_draws_of_many_rows_follow_the_weights_and_are_independent():
     log_w = torch.tensor([0.0, math.log(3.0), -math.inf, math.log(6.0)], dtype=DOUBLE).expand(40000, 4)
     s = torch.arange(4.0, dtype=DOUBLE).expand(40000, 4)
-    noise = torch.empty(40000, 4, dtype=DOUBLE).exponential_(generator=generator(0))
-    negative, found = sampled_negative(s, log_w, noise)
+    drawn, found = draw(log_w, torch.rand(40000, 1, dtype=DOUBLE, generator=generator(0)))
+    negative = s.gather(1, drawn)
     assert found.all()
     share = torch.bincount(negative.flatten().long(), minlength=4) / 40000
     assert share.tolist() == pytest.approx([0.1, 0.3, 0.0, 0.6], abs=0.01)  # 4 standard deviations
@@ -160,14 +161,14 @@ def test_noise_decides_the_draw(shape):
     loss = TripletLoss(1.0, **OPTIONS)
     torch.manual_seed(9)
     noise = loss.draw_noise(s)
-    assert noise.shape == (2, *shape)
+    assert noise.shape == (sum(shape),)
     assert noise.dtype == DOUBLE
     given = loss(s, positives, noise=noise)
     torch.manual_seed(9)
     assert torch.equal(loss(s, positives), given)
     assert torch.equal(loss(s, positives, noise=noise), given)
-    # each direction has its own half: the transposed problem needs the halves exchanged
-    swapped = torch.stack([noise[1].t(), noise[0].t()])
+    # each direction has its own part: the transposed problem needs the parts exchanged
+    swapped = torch.cat([noise[shape[0] :], noise[: shape[0]]])
     assert_near(loss(s.t(), positives.t(), noise=swapped), given, 1e-12)
     for choice in ("hardest", "all", "expected"):
         assert TripletLoss(negative_sampling=choice).draw_noise(s) is None
@@ -188,12 +189,12 @@ def test_expected_is_the_mean_of_the_sampled(seed):
 def test_an_anchor_without_a_candidate_counts_0_and_leaves_the_others_alone(choice):
     g = generator(0)
     s = (0.4 * torch.rand(5, 5, generator=g, dtype=DOUBLE)).requires_grad_()  # d about 1.3: all are candidates
-    noise = torch.rand(2, 6, 6, generator=g, dtype=DOUBLE)
+    noise = torch.rand(2, 6, generator=g, dtype=DOUBLE)
     loss = TripletLoss(1.0, negative_sampling=choice, **OPTIONS)
 
     def value(similarity):
         n = len(similarity)
-        drawn = noise[:, :n, :n] if choice == "distance_weighted" else None
+        drawn = noise[:, :n].flatten() if choice == "distance_weighted" else None
         return loss(similarity, torch.eye(n, dtype=torch.bool), noise=drawn)
 
     # image 5 and text 5 belong together and are at d = 1.9 from all others
@@ -242,7 +243,7 @@ def test_similarities_rounded_over_1_stay_finite(choice, over):
 def test_all_negative_similarities(choice):
     s, positives = case(5, 5, 2)
     s = (s.detach().abs() * -0.1 - 0.01).requires_grad_()
-    noise = torch.ones(2, 5, 5, dtype=DOUBLE) if choice == "distance_weighted" else None
+    noise = torch.rand(10, dtype=DOUBLE) if choice == "distance_weighted" else None
     value = TripletLoss(0.0, negative_sampling=choice, **OPTIONS)(s, positives, noise=noise)
     assert value > 0
     if noise is None:
@@ -261,7 +262,7 @@ def test_ties_among_the_hardest_negatives():
 @pytest.mark.parametrize("choice", NEGATIVES)
 def test_mean_divides_by_the_number_of_positive_pairs(choice):
     s, positives = case(6, 7, 4)
-    noise = torch.rand(2, 6, 7, dtype=DOUBLE) if choice == "distance_weighted" else None
+    noise = torch.rand(13, dtype=DOUBLE) if choice == "distance_weighted" else None
     total, mean = (
         TripletLoss(negative_sampling=choice, reduction=r, **OPTIONS)(s, positives, noise=noise)
         for r in ("sum", "mean")
@@ -271,14 +272,14 @@ def test_mean_divides_by_the_number_of_positive_pairs(choice):
 
 @pytest.mark.parametrize("choice", NEGATIVES)
 @pytest.mark.parametrize("shape", [(4, 6), (6, 4)])
-def test_gradcheck(choice, shape):
+def test_gradcheck(choice, shape, monkeypatch):
     s, positives = case(*shape, 5)
-    noise = torch.rand(2, *shape, dtype=DOUBLE) if choice == "distance_weighted" else None
+    noise = torch.rand(sum(shape), dtype=DOUBLE) if choice == "distance_weighted" else None
     loss = TripletLoss(0.3, negative_sampling=choice, **OPTIONS)
     if choice in ("expected", "distance_weighted"):
         # the weights are no function to differentiate: hold them while s moves
-        log_w = loss._log_weights(s, positives), loss._log_weights(s.t(), positives.t())
-        loss._log_weights = lambda x, p: log_w[0 if x.shape == shape else 1]
+        log_w = [distance_log_weights(x, p, **OPTIONS) for x, p in ((s, positives), (s.t(), positives.t()))]
+        monkeypatch.setattr(negatives, "distance_log_weights", lambda x, p, **_: log_w[0 if x.shape == shape else 1])
     assert torch.autograd.gradcheck(lambda x: loss(x, positives, noise=noise), s)
 
 
@@ -308,7 +309,7 @@ def test_more_negatives_than_fit_as_triplets():
 def test_half_types_are_computed_in_float32(choice, dtype):
     s, positives = case(6, 6, 7)
     half = s.detach().to(dtype).requires_grad_()
-    noise = torch.rand(2, 6, 6) if choice == "distance_weighted" else None
+    noise = torch.rand(12) if choice == "distance_weighted" else None
     loss = TripletLoss(negative_sampling=choice)
     value = loss(half, positives, noise=noise)
     assert value.dtype == torch.float32

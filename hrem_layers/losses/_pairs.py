@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
-from hrem_layers._core.checks import check_bool_tensor, check_tensor
+from hrem_layers._core.checks import check_number, check_tensor, describe, said
 from hrem_layers._core.numerics import compute_dtype
 
 REDUCTIONS = ("sum", "mean")
@@ -13,7 +14,38 @@ REDUCTIONS = ("sum", "mean")
 def check_pairs(similarity: Tensor, positives: Tensor) -> Tensor:
     """Checks both arguments; returns the similarity in float32 or better."""
     check_tensor("similarity", similarity, ("N", "M"))
-    check_bool_tensor("positives", positives, tuple(similarity.shape), device=similarity.device)
+    check_pair_flags("positives", positives, similarity, "the pair belongs together")
     if 0 in similarity.shape:
         raise ValueError(f"similarity must hold at least 1 pair, got shape {tuple(similarity.shape)}")
     return similarity.to(compute_dtype(similarity.dtype))
+
+
+def check_pair_flags(name: str, flags: object, similarity: Tensor, meaning: str) -> None:
+    """A dense bool tensor of the shape and on the device of ``similarity``."""
+    shape = tuple(similarity.shape)
+    if not isinstance(flags, Tensor):
+        raise TypeError(f"{name} must be a bool tensor of shape {shape}, True = {meaning}, got {said(flags)}")
+    if flags.is_nested or flags.layout != torch.strided or flags.dtype != torch.bool:
+        raise TypeError(f"{name} must be a dense bool tensor, True = {meaning}, got {describe(flags)}")
+    if flags.shape != similarity.shape:
+        raise ValueError(f"{name} must have shape {shape} like similarity, got {describe(flags)}")
+    if flags.device != similarity.device:
+        raise ValueError(f"{name} must be on {similarity.device} like similarity, got {describe(flags)}")
+
+
+def check_constant(name: str, value: float, **bounds: float) -> float:
+    """A number in its range; not looked at in a traced graph, where it may be a symbol."""
+    return value if torch.compiler.is_compiling() else check_number(name, value, **bounds)
+
+
+def one_if_finite(*tensors: Tensor) -> Tensor:
+    """A scalar, 1, or NaN if any element is NaN or infinite; no value is waited for.
+
+    A factor of every loss, because a choice among elements hides what it does not choose. As a factor and not a
+    summand it also reaches the gradient, which is what a gradient scaler looks at.
+    """
+    factor = torch.ones((), dtype=tensors[0].dtype, device=tensors[0].device)
+    for x in tensors:
+        for extreme in torch.aminmax(x.detach()):
+            factor = factor + (0 * extreme).to(factor.dtype)
+    return factor

@@ -1,15 +1,147 @@
-"""The triplet loss with four ways of choosing negatives (paper, section 3.5; Wu et al., ICCV 2017)."""
+"""The triplet loss and how it takes its negatives (paper, section 3.5; Wu et al., ICCV 2017)."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hrem_layers._core.checks import check_choice, check_int, check_number, check_tensor
-from hrem_layers.losses._pairs import REDUCTIONS, check_pairs
+from hrem_layers._core.checks import check_choice, check_int, check_number, check_tensor, said
+from hrem_layers._core.numerics import compute_dtype
+from hrem_layers.losses._pairs import REDUCTIONS, check_pair_flags, check_pairs, one_if_finite
+from hrem_layers.losses._rows import RowLoss, Ways, sum_over_anchors
+from hrem_layers.losses.hinge import hinge_against_many, hinge_against_one
+from hrem_layers.losses.negatives import (
+    distance_weighted_negative,
+    every_negative_weights,
+    expected_negative_weights,
+    hardest_negative,
+)
 
 NEGATIVES = ("distance_weighted", "hardest", "all", "expected")
+
+FIRST, SECOND = "the first result of negative_sampling (negative)", "the second result of negative_sampling (found)"
+
+NegativeSampling = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+"""``(similarity (N, M), positives (N, M)) -> (negative (N, 1), found (N, 1) bool)``; anchors are the rows."""
+
+
+def triplet_loss(
+    similarity: Tensor,
+    positives: Tensor,
+    *,
+    margin: float = 0.2,
+    negative_sampling: str | NegativeSampling = "distance_weighted",
+    cutoff: float = 0.5,
+    nonzero_cutoff: float = 1.7,
+    weight_dim: int = 512,
+    reduction: str = "sum",
+    noise: Tensor | None = None,
+) -> Tensor:
+    """What :class:`TripletLoss` computes, as a function; same options, arguments and errors.
+
+    Example:
+        >>> import torch
+        >>> from hrem_layers.losses import triplet_loss
+        >>> similarity = torch.tensor([[0.9, 0.8], [0.1, 0.7]])
+        >>> triplet_loss(similarity, torch.eye(2, dtype=torch.bool), negative_sampling="hardest")
+        tensor(0.4000)
+    """
+    if not torch.compiler.is_compiling():  # numbers may be symbols there
+        check_options(margin, negative_sampling, cutoff, nonzero_cutoff, weight_dim, reduction)
+    s = check_pairs(similarity, positives)
+    n, m = s.shape
+    if noise is not None:
+        check_tensor("noise", noise, (n + m,), device=s.device)
+    elif negative_sampling == "distance_weighted":
+        noise = anchor_noise(s)
+    options = {"cutoff": cutoff, "nonzero_cutoff": nonzero_cutoff, "weight_dim": weight_dim}
+    ways: Ways = ((), ())
+    row_loss: RowLoss
+    if negative_sampling == "distance_weighted":
+        assert noise is not None
+        ways = tuple((x.unsqueeze(1),) for x in (noise[:n], noise[n:]))
+        row_loss = partial(_against_drawn, margin=margin, options=options)
+    elif negative_sampling == "hardest":
+        row_loss = partial(_against_hardest, margin=margin)
+    elif negative_sampling == "all":
+        row_loss = partial(_against_all, margin=margin)
+    elif negative_sampling == "expected":
+        row_loss = partial(_against_expected, margin=margin, options=options)
+    if isinstance(negative_sampling, str):
+        loss = sum_over_anchors(row_loss, s, positives, ways=ways)
+    else:
+        loss = _against_chosen(s, positives, negative_sampling, margin=margin)
+        loss = loss + _against_chosen(s.t(), positives.t(), negative_sampling, margin=margin)
+    if reduction == "mean":
+        loss = loss / torch.count_nonzero(positives).clamp(min=1)
+    return loss * one_if_finite(s, *(() if noise is None else (noise,)))
+
+
+def _against_drawn(s: Tensor, positives: Tensor, noise: Tensor, *, margin: float, options: dict[str, Any]) -> Tensor:
+    negative, found = distance_weighted_negative(s, positives, noise=noise, **options)
+    return hinge_against_one(s, positives, negative, found, margin=margin)
+
+
+def _against_hardest(s: Tensor, positives: Tensor, *, margin: float) -> Tensor:
+    return hinge_against_one(s, positives, *hardest_negative(s, positives), margin=margin)
+
+
+def _against_all(s: Tensor, positives: Tensor, *, margin: float) -> Tensor:
+    return hinge_against_many(s, positives, every_negative_weights(s, positives), margin=margin)
+
+
+def _against_expected(s: Tensor, positives: Tensor, *, margin: float, options: dict[str, Any]) -> Tensor:
+    return hinge_against_many(s, positives, expected_negative_weights(s, positives, **options), margin=margin)
+
+
+def _against_chosen(s: Tensor, positives: Tensor, choose: NegativeSampling, *, margin: float) -> Tensor:
+    negative, found = _chosen(choose, s, positives)
+    loss = hinge_against_one(s, positives, negative, found, margin=margin)
+    return loss * one_if_finite(torch.where(found, negative, 0))
+
+
+def _chosen(choose: NegativeSampling, similarity: Tensor, positives: Tensor) -> tuple[Tensor, Tensor]:
+    """What a callable of the user returns, checked."""
+    result = choose(similarity, positives)
+    if not isinstance(result, tuple | list) or len(result) != 2:
+        got = f"a {type(result).__name__} of {len(result)}" if isinstance(result, tuple | list) else said(result)
+        raise TypeError(f"negative_sampling must return (negative, found), got {got}")
+    negative, found = result
+    column = similarity[:, :1]
+    check_tensor(FIRST, negative, tuple(column.shape), device=column.device)
+    check_pair_flags(SECOND, found, column, "the anchor has a negative")
+    return negative.to(similarity.dtype), found
+
+
+def anchor_noise(similarity: Tensor) -> Tensor:
+    """(N + M,) uniform in [0, 1), one number per anchor, images first, from torch's default generator."""
+    return torch.rand(sum(similarity.shape), dtype=compute_dtype(similarity.dtype), device=similarity.device)
+
+
+def check_options(
+    margin: float, negative_sampling: str | NegativeSampling, cutoff: float, nonzero_cutoff: float, weight_dim: int,
+    reduction: str,
+) -> None:  # fmt: skip
+    check_number("margin", margin, minimum=0)
+    if not (callable(negative_sampling) or (isinstance(negative_sampling, str) and negative_sampling in NEGATIVES)):
+        known = ", ".join(map(repr, NEGATIVES))
+        raise ValueError(
+            f"negative_sampling must be one of {known}, or a callable (similarity, positives) -> (negative, found), "
+            f"got {said(negative_sampling)}"
+        )
+    if isinstance(negative_sampling, type):
+        raise TypeError(
+            "negative_sampling must be a callable (similarity, positives) -> (negative, found), got the class "
+            f"{negative_sampling.__name__}: pass an instance of it"
+        )
+    check_number("cutoff", cutoff, above=0, below=2)
+    check_number("nonzero_cutoff", nonzero_cutoff, above=cutoff, maximum=2)
+    check_int("weight_dim", weight_dim, minimum=2)
+    check_choice("reduction", reduction, REDUCTIONS)
 
 
 class TripletLoss(nn.Module):
@@ -23,16 +155,27 @@ class TripletLoss(nn.Module):
     - ``"distance_weighted"``: one negative per anchor and direction, drawn with probability ∝ w, where
       :math:`\log w = (2 - n) \log d - \frac{n - 3}{2} \log(1 - d^2 / 4)`,
       :math:`d = \max(\sqrt{2 - 2s}, \mathrm{cutoff})`, n = ``weight_dim``, and w = 0 from
-      ``nonzero_cutoff`` on. Draws come from torch's default generator: ``torch.manual_seed`` repeats them.
-    - ``"hardest"``: the most similar negative.
+      ``nonzero_cutoff`` on (Wu et al., ICCV 2017). Draws come from torch's default generator:
+      ``torch.manual_seed`` repeats them.
+    - ``"hardest"``: the most similar negative; negatives equal to it up to rounding share the gradient evenly.
     - ``"all"``: every negative, summed.
     - ``"expected"``: the expectation of the distance-weighted loss, :math:`\sum_{y'} w\,[\cdot]_+` with w
       normalised over the negatives; no randomness.
+    - a callable ``(similarity, positives) -> (negative, found)``, for a choice of your own: for anchors that are the
+      rows of ``similarity`` (N, M) and of ``positives`` (N, M) bool it returns the similarity of one negative per
+      anchor, (N, 1), with the gradient that it should have, and whether the anchor has one, (N, 1) bool. It is called
+      twice, the second time with the transposed matrices. A module's parameters are trained along.
+
+    The first two are such functions, :func:`~hrem_layers.losses.distance_weighted_negative` and
+    :func:`~hrem_layers.losses.hardest_negative`. ``"all"`` and ``"expected"`` are not: they sum over many negatives,
+    with the weights of :func:`~hrem_layers.losses.every_negative_weights` and
+    :func:`~hrem_layers.losses.expected_negative_weights`.
 
     How this differs from the release: an anchor without a candidate contributes 0 and leaves the others
     alone (there the loss of that direction becomes 0 for the whole batch); all equal ids are positives
     (its hinge takes only the diagonal); an anchor with several positives has one draw for all of them
-    (there one for each, from the same distribution). Similarities rounded over 1 give no NaN.
+    (there one for each, from the same distribution). Similarities rounded over 1 give no NaN. A NaN or an infinity
+    anywhere in ``similarity`` or ``noise`` makes the loss NaN.
 
     Memory grows as N·M for every choice, also for ``"all"`` with several positives per row.
 
@@ -43,131 +186,77 @@ class TripletLoss(nn.Module):
         nonzero_cutoff: distance from which w = 0, in (cutoff, 2] (the release: 1.7 on Flickr30K, 1.9 on COCO).
         weight_dim: n, dimension of the sphere whose distances w corrects for, at least 2.
         reduction: ``"sum"`` (the release's scale) or ``"mean"``, the sum divided by the number of positive pairs.
+
+    Raises:
+        TypeError, ValueError: an option has the wrong type or is out of its range.
+
+    Example:
+        >>> import torch
+        >>> from hrem_layers.losses import TripletLoss
+        >>> similarity = torch.tensor([[0.9, 0.8], [0.1, 0.7]])
+        >>> TripletLoss(negative_sampling="hardest")(similarity, torch.eye(2, dtype=torch.bool))
+        tensor(0.4000)
     """
 
     def __init__(
         self,
         margin: float = 0.2,
         *,
-        negative_sampling: str = "distance_weighted",
+        negative_sampling: str | NegativeSampling = "distance_weighted",
         cutoff: float = 0.5,
         nonzero_cutoff: float = 1.7,
         weight_dim: int = 512,
         reduction: str = "sum",
     ) -> None:
         super().__init__()
-        self.margin = check_number("margin", margin, minimum=0)
-        self.negative_sampling = check_choice("negative_sampling", negative_sampling, NEGATIVES)
-        self.cutoff = check_number("cutoff", cutoff, above=0, below=2)
-        self.nonzero_cutoff = check_number("nonzero_cutoff", nonzero_cutoff, above=self.cutoff, maximum=2)
-        self.weight_dim = check_int("weight_dim", weight_dim, minimum=2)
-        self.reduction = check_choice("reduction", reduction, REDUCTIONS)
+        check_options(margin, negative_sampling, cutoff, nonzero_cutoff, weight_dim, reduction)
+        self.margin = float(margin)
+        self.negative_sampling = negative_sampling
+        self.cutoff = float(cutoff)
+        self.nonzero_cutoff = float(nonzero_cutoff)
+        self.weight_dim = int(weight_dim)
+        self.reduction = reduction
 
     def extra_repr(self) -> str:
+        choice = self.negative_sampling
+        shown = repr(choice) if isinstance(choice, str) else getattr(choice, "__name__", type(choice).__name__)
         return (
-            f"{self.margin}, negative_sampling={self.negative_sampling!r}, cutoff={self.cutoff}, "
+            f"{self.margin}, negative_sampling={shown}, cutoff={self.cutoff}, "
             f"nonzero_cutoff={self.nonzero_cutoff}, weight_dim={self.weight_dim}, reduction={self.reduction!r}"
         )
 
     def draw_noise(self, similarity: Tensor) -> Tensor | None:
-        """The random numbers of one call, (2, N, M) exponential variates; None where nothing is drawn.
+        """The random numbers of one call, (N + M,) uniform in [0, 1), the images' first; None where nothing is drawn.
 
         For callers that need the same draw elsewhere (several processes): pass it to :meth:`forward`.
         """
-        if self.negative_sampling != "distance_weighted":
-            return None
-        shape = (2, *similarity.shape)
-        dtype = torch.float64 if similarity.dtype == torch.float64 else torch.float32
-        return torch.empty(shape, dtype=dtype, device=similarity.device).exponential_()
+        return anchor_noise(similarity) if self.negative_sampling == "distance_weighted" else None
 
     def forward(self, similarity: Tensor, positives: Tensor, noise: Tensor | None = None) -> Tensor:
         """
         Args:
             similarity: (N, M) cosines, N images by M texts.
             positives: (N, M) bool, True = the pair belongs together.
-            noise: (2, N, M) as from :meth:`draw_noise`; None = drawn here.
+            noise: (N + M,) as from :meth:`draw_noise`; None = drawn here.
 
         Returns:
             A scalar, float32 or better. 0 where there is no positive pair or no negative.
 
         Raises:
-            TypeError, ValueError: an argument has the wrong type, dtype, shape or device.
+            TypeError, ValueError: an argument, or a result of a callable ``negative_sampling``, has the wrong type,
+                dtype, shape or device.
         """
-        s = check_pairs(similarity, positives)
-        if noise is None:
-            noise = self.draw_noise(s)
-        else:
-            check_tensor("noise", noise, (2, *s.shape), device=s.device)
-        both = (None, None) if noise is None else (noise[0], noise[1].t())
-        loss = self._one_way(s, positives, both[0]) + self._one_way(s.t(), positives.t(), both[1])
-        if self.reduction == "mean":
-            loss = loss / positives.sum().clamp(min=1)
-        return loss
-
-    def _one_way(self, s: Tensor, positives: Tensor, noise: Tensor | None) -> Tensor:
-        """Anchors are the rows."""
-        if self.negative_sampling == "all":
-            return hinge_against_many(s, positives, (~positives).to(s.dtype), self.margin)
-        if self.negative_sampling == "hardest":
-            negative, found = hardest_negative(s, positives)
-        else:
-            log_w = self._log_weights(s, positives)
-            if self.negative_sampling == "expected":
-                found = (log_w > -torch.inf).any(dim=1, keepdim=True)
-                weights = torch.where(found, log_w, 0).softmax(dim=1)
-                return hinge_against_many(s, positives, torch.where(found, weights, 0), self.margin)
-            negative, found = sampled_negative(s, log_w, noise)
-        hinge = F.relu(self.margin - s + negative)  # [n, m]
-        return torch.where(positives & found, hinge, 0).sum()
-
-    def _log_weights(self, s: Tensor, positives: Tensor) -> Tensor:
-        return distance_log_weights(
-            s, positives, cutoff=self.cutoff, nonzero_cutoff=self.nonzero_cutoff, weight_dim=self.weight_dim
+        if noise is None and self.negative_sampling == "distance_weighted":
+            check_pairs(similarity, positives)
+            noise = self.draw_noise(similarity)
+        return triplet_loss(
+            similarity,
+            positives,
+            margin=self.margin,
+            negative_sampling=self.negative_sampling,
+            cutoff=self.cutoff,
+            nonzero_cutoff=self.nonzero_cutoff,
+            weight_dim=self.weight_dim,
+            reduction=self.reduction,
+            noise=noise,
         )
-
-
-def distance_log_weights(
-    s: Tensor, positives: Tensor, *, cutoff: float, nonzero_cutoff: float, weight_dim: int
-) -> Tensor:
-    """log w of every pair as a negative (N, M), without gradient; −inf: no candidate."""
-    s = s.detach()
-    distance = (2 - 2 * s).clamp(min=0).sqrt().clamp(min=cutoff)
-    # 1 − d²/4 is 0 at d = 2, which matters only if nonzero_cutoff lets such pairs in
-    rest = (1 - distance.square() / 4).clamp(min=torch.finfo(s.dtype).eps)
-    log_w = (2 - weight_dim) * distance.log() - (weight_dim - 3) / 2 * rest.log()
-    return log_w.masked_fill(positives | (distance >= nonzero_cutoff), -torch.inf)
-
-
-def sampled_negative(s: Tensor, log_weights: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-    """One negative a row, drawn ∝ exp(log_weights): its similarity (N, 1) and whether there was one (N, 1).
-
-    The draw is a race: the smallest of exponential variates divided by w. It needs no normalisation, no
-    cumulative sum whose rounding could reach a weight of zero, and no look at the values.
-    """
-    candidate = log_weights > -torch.inf
-    lead = (log_weights - noise.log()).masked_fill(~candidate, -torch.inf)
-    winner = lead.argmax(dim=1, keepdim=True)
-    return s.gather(1, winner), candidate.any(dim=1, keepdim=True)
-
-
-def hardest_negative(s: Tensor, positives: Tensor) -> tuple[Tensor, Tensor]:
-    """The most similar negative a row: its similarity (N, 1) and whether there was one (N, 1)."""
-    found = ~positives.all(dim=1, keepdim=True)
-    hardest = s.masked_fill(positives, -torch.inf).amax(dim=1, keepdim=True)
-    return torch.where(found, hardest, 0), found
-
-
-def hinge_against_many(s: Tensor, positives: Tensor, weights: Tensor, margin: float) -> Tensor:
-    """Σ over positive pairs and negatives of ``weights · [margin − s_positive + s_negative]₊``, a scalar.
-
-    ``weights`` (N, M) is 0 at positives. Written out, several positives a row would make N·M·M triplets.
-    Instead, the negatives of a row are sorted; those over a positive's threshold are then a prefix, whose
-    Σw and Σw·s two cumulative sums hold.
-    """
-    ranked, order = s.masked_fill(positives, -torch.inf).sort(dim=1, descending=True)
-    w = weights.gather(1, order)
-    w_s = w * torch.where(ranked > -torch.inf, ranked, 0)
-    # how many negatives have s_negative > s_positive − margin
-    reach = torch.searchsorted(-ranked.detach(), (margin - s.detach()).contiguous())  # [n, m]
-    sum_w, sum_w_s = (F.pad(x.cumsum(dim=1), (1, 0)).gather(1, reach) for x in (w, w_s))
-    return torch.where(positives, sum_w * (margin - s) + sum_w_s, 0).sum()

@@ -1,0 +1,154 @@
+"""The sigmoid loss of SigLIP, with any number of positives per row."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hrem_layers._core.checks import check_bool, check_choice, check_number, check_tensor
+from hrem_layers.losses._pairs import REDUCTIONS, check_constant, check_pairs, one_if_finite
+from hrem_layers.losses._rows import sum_over_anchors
+from hrem_layers.losses._scale import as_number, check_shared, check_temperature, scale_of, share
+
+DEFAULT_TEMPERATURE = 0.1
+DEFAULT_BIAS = -10.0
+
+
+def sigmoid_loss(
+    similarity: Tensor,
+    positives: Tensor,
+    *,
+    scale: float | Tensor = 1 / DEFAULT_TEMPERATURE,
+    bias: float | Tensor = DEFAULT_BIAS,
+    reduction: str = "mean",
+) -> Tensor:
+    """What :class:`SigmoidLoss` computes, as a function of the scale t = 1/τ and the bias b.
+
+    Args:
+        similarity: (N, M) cosines.
+        positives: (N, M) bool.
+        scale: t, a number above 0 or a 0-dimensional tensor, to which gradient flows.
+        bias: b, a number or a 0-dimensional tensor, to which gradient flows.
+        reduction: ``"mean"`` or ``"sum"``.
+
+    Example:
+        >>> import torch
+        >>> from hrem_layers.losses import sigmoid_loss
+        >>> similarity = torch.tensor([[0.9, 0.2], [0.1, 0.7]])
+        >>> sigmoid_loss(similarity, torch.eye(2, dtype=torch.bool), scale=10.0, bias=-5.0)
+        tensor(0.1059)
+    """
+    check_choice("reduction", reduction, REDUCTIONS)
+    s = check_pairs(similarity, positives)
+    numbers = []
+    for name, value, options in (("scale", scale, {"above": 0}), ("bias", bias, {})):
+        if isinstance(value, Tensor):
+            numbers.append(check_tensor(name, value, (), device=s.device).to(s.dtype))
+        else:
+            numbers.append(s.new_full((), check_constant(name, value, **options)))
+    loss = sum_over_anchors(_row_loss, s, positives, ways=((),), shared=tuple(numbers))
+    if reduction == "mean":
+        loss = loss / max(s.shape)
+    return loss * one_if_finite(s, *numbers)
+
+
+def _row_loss(s: Tensor, positives: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
+    logits = s * scale + bias
+    return -F.logsigmoid(torch.where(positives, logits, -logits)).sum()
+
+
+class SigmoidLoss(nn.Module):
+    r"""Every pair by itself, positive or not: the pair loss of SigLIP.
+
+    .. math::
+        -\frac{1}{\max(N, M)} \sum_{x, y} \log \sigma\bigl(z(x, y) \, (t \, s(x, y) + b)\bigr), \quad
+        z = 1 \text{ for positives}, -1 \text{ for all other pairs}
+
+    (Zhai et al., "Sigmoid Loss for Language Image Pre-Training", ICCV 2023, equation in section 3.2, where N = M.)
+    No pair is compared with another, so any number of positives per row and column is as good as one. A NaN or an
+    infinity anywhere in ``similarity`` makes the loss NaN.
+
+    Args:
+        temperature: τ = 1/t > 0 to start from. A number, or a tensor of one element, of which the value is taken once.
+        bias: b to start from, likewise: negative, since most pairs are no positives. Or a model's own parameter of
+            shape () or (1,), such as ``siglip.logit_bias``, which is then shared as ``log_scale`` is.
+        learnable: make log t and b parameters of this module (``log_scale``, ``bias``), each unless it is shared. They
+            are not held in any range.
+        log_scale: instead of a temperature, the parameter log t of a model, such as ``siglip.logit_scale``, of shape
+            () or (1,). It is shared, not copied: gradient flows to it, ``loss.log_scale`` is the same object. It stays
+            its owner's, in neither ``parameters()`` nor ``state_dict()`` of this module. A ``copy.deepcopy`` of the
+            loss alone has a copy of it.
+        reduction: ``"mean"``, the sum over all pairs divided by the larger of N and M (with N = M the paper's, the
+            mean over images), or ``"sum"``.
+
+    Raises:
+        TypeError, ValueError: an option has the wrong type or is out of its range, or ``log_scale`` comes with a
+            temperature.
+
+    Example:
+        >>> import torch
+        >>> from hrem_layers.losses import SigmoidLoss
+        >>> similarity = torch.tensor([[0.9, 0.2], [0.1, 0.7]])
+        >>> loss = SigmoidLoss(0.1, bias=-5.0)
+        >>> print(round(loss(similarity, torch.eye(2, dtype=torch.bool)).item(), 4))
+        0.1059
+    """
+
+    log_scale: Tensor | float
+    bias: Tensor | float
+
+    def __init__(
+        self,
+        temperature: float | Tensor = DEFAULT_TEMPERATURE,
+        *,
+        bias: float | Tensor = DEFAULT_BIAS,
+        learnable: bool = True,
+        log_scale: nn.Parameter | None = None,
+        reduction: str = "mean",
+    ) -> None:
+        super().__init__()
+        self.temperature = check_temperature(temperature)
+        self.learnable = check_bool("learnable", learnable)
+        self.reduction = check_choice("reduction", reduction, REDUCTIONS)
+        if log_scale is not None:
+            if self.temperature != DEFAULT_TEMPERATURE:
+                raise ValueError("log_scale must come without temperature: the parameter that it shares holds it")
+            share(self, "log_scale", check_shared("log_scale", log_scale))
+        else:
+            self._own("log_scale", -math.log(self.temperature))
+        self._bias: float | None = None  # what it started from, unless shared
+        if isinstance(bias, nn.Parameter):
+            share(self, "bias", check_shared("bias", bias))
+        else:
+            self._bias = check_number("bias", as_number(bias))
+            self._own("bias", self._bias)
+        self.shares_scale = log_scale is not None
+
+    def _own(self, name: str, value: float) -> None:
+        setattr(self, name, nn.Parameter(torch.tensor(value)) if self.learnable else value)
+
+    def extra_repr(self) -> str:
+        scale = f"log_scale={self.log_scale}" if self.shares_scale else f"{self.temperature}"
+        bias = f"{self.bias}" if self._bias is None else f"{self._bias}"
+        none = "" if self.shares_scale else ", log_scale=None"
+        return f"{scale}, bias={bias}, learnable={self.learnable}{none}, reduction={self.reduction!r}"
+
+    def forward(self, similarity: Tensor, positives: Tensor) -> Tensor:
+        """
+        Args:
+            similarity: (N, M) cosines, N images by M texts.
+            positives: (N, M) bool, True = the pair belongs together.
+
+        Returns:
+            A scalar, float32 or better.
+
+        Raises:
+            TypeError, ValueError: an argument has the wrong type, dtype, shape or device.
+        """
+        s = check_pairs(similarity, positives)
+        scale = scale_of(self.log_scale, s) if isinstance(self.log_scale, Tensor) else 1 / self.temperature
+        bias = self.bias.to(s.dtype).reshape(()) if isinstance(self.bias, Tensor) else self.bias
+        return sigmoid_loss(s, positives, scale=scale, bias=bias, reduction=self.reduction)
