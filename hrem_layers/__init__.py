@@ -11,13 +11,19 @@ from hrem_layers.interaction import RelationInteraction
 from hrem_layers.loss import HREMLoss, HREMTerms
 from hrem_layers.losses import InfoNCELoss, TripletLoss
 from hrem_layers.relations import RelationGraph
-from hrem_layers.retrieval import RetrievalMetrics, retrieval_metrics
+from hrem_layers.retrieval import (
+    DirectionMetrics,
+    RetrievalMetrics,
+    retrieval_metrics,
+    retrieval_metrics_from_similarity,
+)
 from hrem_layers.sampler import NeighborBatchSampler
 
 __version__ = "0.1.0"
 
 __all__ = [
     "AssociationGraph",
+    "DirectionMetrics",
     "FragmentRelation",
     "HREMLoss",
     "HREMTerms",
@@ -29,4 +35,5 @@ __all__ = [
     "TripletLoss",
     "align_fragments",
     "retrieval_metrics",
+    "retrieval_metrics_from_similarity",
 ]
