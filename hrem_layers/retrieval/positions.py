@@ -46,12 +46,14 @@ def items_ahead(
     for columns in _slices(len(text_ids), chunk_size):
         for rows in _slices(len(image_ids), chunk_size):
             if screen is not None:
-                by_image, by_text = screen.count(rows, columns)
+                (images, by_image), (texts, by_text) = screen.count(rows, columns)
+                image_ahead[images] += by_image
+                text_ahead[texts] += by_text
             else:
                 block = similarity.block(rows, columns)
                 by_image, by_text = count_ahead(block, best.image[rows], best.text[columns], ties)
-            image_ahead[rows] += by_image
-            text_ahead[columns] += by_text
+                image_ahead[rows] += by_image
+                text_ahead[columns] += by_text
             advance(len(image_ids[rows]) * len(text_ids[columns]))
     if ties == "pessimistic":
         # A match cannot exceed the best match, but it equals it: those were counted as well.

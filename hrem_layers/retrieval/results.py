@@ -37,6 +37,7 @@ class RetrievalMetrics:
             them, also the median, which may thus be fractional, and ``num_queries`` is the sum. Else ``()``.
 
     >>> import torch
+    >>> from hrem_layers import retrieval_metrics_from_similarity
     >>> metrics = retrieval_metrics_from_similarity(torch.tensor([[0.9, 0.1], [0.8, 0.7]]))
     >>> metrics.i2t.r1, metrics.t2i.r1, metrics.rsum
     (50.0, 100.0, 550.0)

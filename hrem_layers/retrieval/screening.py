@@ -38,64 +38,83 @@ _SIGN = -(2**31)
 
 
 class Screen:
-    """Counts the items ahead of every query's best match, block by block."""
+    """Counts the items ahead of every query's best match, block by block.
+
+    Rows and columns of the blocks are queries in the order of their best similarity, so that those that have few
+    items ahead, mostly, are together: of their blocks hardly more than the largest values need to be looked at.
+    """
 
     def __init__(self, similarity: Cosines, image_best: Tensor, text_best: Tensor, ties: str, chunk_size: int) -> None:
-        self.similarity = similarity
-        self.image_best, self.text_best, self.ties = image_best, text_best, ties
+        self.similarity, self.ties = similarity, ties
         self.parts = _parts(similarity.images.shape[1])
         error = error_bound(similarity.images.shape[1])
-        self.image_bar, self.text_bar = _bar(image_best, error), _bar(text_best, error)
         # A bar is at most one and a half float32 steps above best + error, and a step below 2^53 is 2^29.
-        reach = _round_up(torch.tensor(2 * error + 2.0**30, dtype=torch.float64, device="cpu"))
-        self.reach = _SIGN + int(reach.view(torch.int32))
-        rows, columns = (min(chunk_size, len(best)) for best in (image_best, text_best))
-        self.buffers = [torch.empty(rows * columns, dtype=torch.float32, device=similarity.device) for _ in range(2)]
-        self.columns: tuple[slice, Tensor] | None = None
+        self.reach = _round_up(torch.tensor(2 * error + 2.0**30, dtype=torch.float64, device="cpu"))
+        self.images = _Queries.of(image_best, error, self.reach)
+        self.texts = _Queries.of(text_best, error, self.reach)
+        size = min(chunk_size, len(image_best)) * min(chunk_size, len(text_best))
+        self.buffers = [torch.empty(size, dtype=torch.float32, device=similarity.device) for _ in range(2)]
+        self.factor: tuple[slice, Tensor] | None = None
 
-    def count(self, rows: slice, columns: slice) -> tuple[Tensor, Tensor]:
-        """(rows,) and (columns,) int64: as :func:`count_ahead` of the exact block."""
-        product, gap = self._product(rows, columns)
-        by_image, image_near = self._compare(product, self.image_bar[rows, None], gap, dim=1)
-        by_text, text_near = self._compare(product, self.text_bar[columns], gap, dim=0)
+    def count(self, rows: slice, columns: slice) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+        """Which images and texts these rows and columns are, each with its count as by :func:`count_ahead`."""
+        images, texts = self.images.at(rows), self.texts.at(columns)
+        product, other = self._product(images, texts, columns)
+        seen = _count_by_largest(product, images, texts, self.reach) or _count_all(
+            product, images, texts, self.reach, other
+        )
+        (by_image, image_near), (by_text, text_near) = seen
         near = len(image_near.rows) + len(text_near.rows)
         if near * _PAIR_COST > product.numel():
-            block = self.similarity.block(rows, columns)
-            return count_ahead(block, self.image_best[rows], self.text_best[columns], self.ties)
-        if near:
-            exact = self.similarity.pairs(
-                torch.cat([image_near.rows, text_near.rows]) + rows.start,
-                torch.cat([image_near.columns, text_near.columns]) + columns.start,
-            )
-            for count, queries, best, values in (
-                (by_image, image_near.rows, self.image_best[rows], exact[: len(image_near.rows)]),
-                (by_text, text_near.columns, self.text_best[columns], exact[len(image_near.rows) :]),
-            ):
-                count.index_add_(0, queries, _ahead(values, best[queries], self.ties).to(count.dtype))
-        return by_image, by_text
+            block = self.similarity.block(images.items, texts.items)
+            by_image, by_text = count_ahead(block, images.best, texts.best, self.ties)
+        else:
+            by_image = by_image + self._look_again(image_near, images, texts, images.best, 0)
+            by_text = by_text + self._look_again(text_near, images, texts, texts.best, 1)
+        return (images.items, by_image), (texts.items, by_text)
 
-    def _product(self, rows: slice, columns: slice) -> tuple[Tensor, Tensor]:
+    def _product(self, images: _Queries, texts: _Queries, columns: slice) -> tuple[Tensor, Tensor]:
         """The block in float32, and a tensor like it to compute in."""
-        if self.columns is None or self.columns[0] != columns:  # the same for a whole column of blocks
-            self.columns = columns, self.similarity.texts[columns].T.float().contiguous()
-        images, texts = self.similarity.images[rows].float(), self.columns[1]
-        shape = len(images), texts.shape[1]
+        if self.factor is None or self.factor[0] != columns:  # the same for a whole column of blocks
+            self.factor = columns, self.similarity.texts.index_select(0, texts.items).T.float().contiguous()
+        left, right = self.similarity.images.index_select(0, images.items).float(), self.factor[1]
+        shape = len(left), right.shape[1]
         product, other = (buffer[: math.prod(shape)].view(shape) for buffer in self.buffers)
-        with autocast_off(images.device):
+        with autocast_off(left.device):
             for part in self.parts:
                 target = product if part.start == 0 else other
-                torch.mm(images[:, part], texts[part], out=target)
+                torch.mm(left[:, part], right[part], out=target)
                 if target is other:
                     product += other
         return product, other
 
-    def _compare(self, product: Tensor, bar: Tensor, gap: Tensor, dim: int) -> tuple[Tensor, Near]:
-        """How many of the block are ahead for certain, along ``dim``, and the pairs that may be; overwrites ``gap``."""
-        torch.sub(
-            product, bar, out=gap
-        )  # its sign is right: a rounded difference of floats is 0 only if they are equal
-        near = _find_near(gap.view(torch.int32), self.reach)
-        return torch.ge(gap, 0, out=gap).sum(dim=dim).long(), near
+    def _look_again(self, near: Near, images: _Queries, texts: _Queries, best: Tensor, side: int) -> Tensor:
+        """How many of the pairs ``near`` are ahead, for each query of the side: (rows,) or (columns,)."""
+        count = torch.zeros_like(best, dtype=torch.int64)
+        if len(near.rows):
+            exact = self.similarity.pairs(images.items[near.rows], texts.items[near.columns])
+            ahead = exact >= best[near[side]] if self.ties == "pessimistic" else exact > best[near[side]]
+            count.index_add_(0, near[side], ahead.long())
+        return count
+
+
+class _Queries(NamedTuple):
+    """One side, from the lowest best similarity to the highest."""
+
+    items: Tensor  # which image or text
+    best: Tensor  # float64, exact
+    bar: Tensor  # float32: as similar as this or more is ahead for certain
+    low: Tensor  # float32: less than this is not
+
+    @classmethod
+    def of(cls, best: Tensor, error: float, reach: Tensor) -> _Queries:
+        best, items = best.sort()
+        # a query without a match has the best similarity -inf: nothing needs to be counted for it
+        bar = _round_up(best + error).masked_fill_(best == -torch.inf, torch.inf)
+        return cls(items, best, bar, -_round_up(-(bar.double() - reach)))
+
+    def at(self, part: slice) -> _Queries:
+        return _Queries(*(each[part] for each in self))
 
 
 class Near(NamedTuple):
@@ -105,20 +124,63 @@ class Near(NamedTuple):
     columns: Tensor
 
 
-def _find_near(gap: Tensor, reach: int) -> Near:
-    """Where ``gap``, float32 seen as int32, is below zero but by no more than ``reach``.
+class _Seen(NamedTuple):
+    """What float32 says of a block."""
+
+    by_image: tuple[Tensor, Near]  # (rows,) int64, ahead for certain; pairs that may be
+    by_text: tuple[Tensor, Near]  # (columns,)
+
+
+def _count_by_largest(product: Tensor, images: _Queries, texts: _Queries, reach: Tensor) -> _Seen | None:
+    """From those groups of rows in a column whose largest value is not too low; None if these are many."""
+    largest = torch.cat([groups.amax(dim=1) for _, groups in _groups(product)])
+    low = torch.cat([groups.amin(dim=1) for _, groups in _groups(images.low[:, None])])
+    group, column = (largest >= torch.minimum(low, texts.low)).nonzero().unbind(dim=1)
+    if len(group) * _GROUP * 8 > product.numel():
+        return None
+    row = group[:, None] * _GROUP + torch.arange(_GROUP, device=group.device)
+    real = row < len(product)
+    row = row.clamp_(max=len(product) - 1)
+    values = product[row, column[:, None]].masked_fill_(~real, -torch.inf)
+    sides = []
+    for side, queries in enumerate((images, texts)):
+        query = row if side == 0 else column[:, None].expand_as(row)
+        gap = values - queries.bar[query]
+        count = torch.zeros_like(queries.items).index_add_(0, query.flatten(), (gap >= 0).long().flatten())
+        which, inner = ((gap < 0) & (gap >= -reach)).nonzero().unbind(dim=1)
+        sides.append((count, Near(row[which, inner], column[which])))
+    return _Seen(*sides)
+
+
+def _count_all(product: Tensor, images: _Queries, texts: _Queries, reach: Tensor, gap: Tensor) -> _Seen:
+    """Overwrites ``gap``."""
+    sides = []
+    for dim, bar in ((1, images.bar[:, None]), (0, texts.bar)):
+        torch.sub(product, bar, out=gap)  # its sign is right: the rounded difference of unequal floats is not 0
+        near = _find_near(gap.view(torch.int32), _SIGN + int(reach.view(torch.int32)))
+        sides.append((torch.ge(gap, 0, out=gap).sum(dim=dim).long(), near))
+    return _Seen(*sides)
+
+
+def _find_near(gap: Tensor, most: int) -> Near:
+    """Where ``gap``, float32 seen as int32, is below zero, but not too far: at most ``most``.
 
     Of negative floats, the bits seen as a whole number grow as they go away from zero; those of positive ones are
     positive. So the least of a group says whether there is such a pair in it, in one pass without a mask.
     """
-    whole = len(gap) - len(gap) % _GROUP
     found = []
-    for start, groups in ((0, gap[:whole].view(-1, _GROUP, gap.shape[1])), (whole, gap[whole:].unsqueeze(0))):
-        if groups.numel():
-            group, column = (groups.amin(dim=1) <= reach).nonzero().unbind(dim=1)
-            which, row = (groups[group, :, column] <= reach).nonzero().unbind(dim=1)
-            found.append(Near(start + group[which] * _GROUP + row, column[which]))
+    for start, groups in _groups(gap):
+        group, column = (groups.amin(dim=1) <= most).nonzero().unbind(dim=1)
+        which, row = (groups[group, :, column] <= most).nonzero().unbind(dim=1)
+        found.append(Near(start + group[which] * _GROUP + row, column[which]))
     return Near(*(torch.cat(indices) for indices in zip(*found, strict=True)))
+
+
+def _groups(block: Tensor) -> list[tuple[int, Tensor]]:
+    """(first row, (groups, rows, columns)): groups of equally many rows, and the rest as a lower group of its own."""
+    whole = len(block) - len(block) % _GROUP
+    parts = ((0, block[:whole].view(-1, _GROUP, block.shape[1])), (whole, block[whole:].unsqueeze(0)))
+    return [(start, groups) for start, groups in parts if groups.numel()]
 
 
 def count_ahead(block: Tensor, image_best: Tensor, text_best: Tensor, ties: str) -> tuple[Tensor, Tensor]:
@@ -135,14 +197,10 @@ def count_ahead(block: Tensor, image_best: Tensor, text_best: Tensor, ties: str)
     return by_image, ahead_of(block, text_best, out=ahead).sum(dim=0).long()
 
 
-def _ahead(values: Tensor, best: Tensor, ties: str) -> Tensor:
-    return values >= best if ties == "pessimistic" else values > best
-
-
 def error_bound(width: int) -> float:
     """A number above the largest error of a product of rows of ``width`` whole numbers; see the head of this file."""
     parts = _parts(width)
-    roundings = (max(part.stop - part.start for part in parts) + len(parts) + 1) * _UNIT
+    roundings = float(max(part.stop - part.start for part in parts) + len(parts) + 1) * _UNIT
     norm = FIXED_POINT_ONE + math.sqrt(width) / 2 + 1  # rounding to whole numbers adds at most half of √width
     return roundings / (1 - roundings) * norm * norm * 1.000001 + 1
 
@@ -151,11 +209,6 @@ def _parts(width: int) -> list[slice]:
     count = -(-width // _WIDEST_PART)
     bounds = [width * i // count for i in range(count + 1)]
     return [slice(low, high) for low, high in itertools.pairwise(bounds)]
-
-
-def _bar(best: Tensor, error: float) -> Tensor:
-    """``best + error`` rounded up to float32; -inf, of a query without a match, becomes the lowest number."""
-    return _round_up(best + error)
 
 
 def _round_up(value: Tensor) -> Tensor:
