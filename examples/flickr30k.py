@@ -41,7 +41,7 @@ from hrem_layers import (
     RelationInteraction,
     TripletLoss,
 )
-from hrem_layers.retrieval import RetrievalMetrics, five_fold_metrics, retrieval_metrics
+from hrem_layers.retrieval import RetrievalMetrics, retrieval_metrics
 
 # ------------------------------------------------------------------------------------------ the data
 
@@ -338,7 +338,7 @@ def final_evaluation(
     print(metrics.table())
     print(f"chance: R@1 {chance['i2t_r1']:.2f} image to text, {chance['t2i_r1']:.2f} text to image")
     if run_arguments.five_fold:
-        folds = five_fold_metrics(images, texts, captions_per_image=pairs.captions_per_image)
+        folds = retrieval_metrics(images, texts, captions_per_image=pairs.captions_per_image, folds=5)
         content["five_fold"] = folds.as_dict()
         print(f"\nmean over five folds\n{folds.table()}")
     report.write_json(folder / "metrics.json", content)

@@ -13,7 +13,12 @@ from hrem_layers.interaction import RelationInteraction
 from hrem_layers.loss import HREMLoss, HREMTerms
 from hrem_layers.losses import InfoNCELoss, SigmoidLoss, TripletLoss
 from hrem_layers.relations import RelationGraph
-from hrem_layers.retrieval import RetrievalMetrics, retrieval_metrics
+from hrem_layers.retrieval import (
+    DirectionMetrics,
+    RetrievalMetrics,
+    retrieval_metrics,
+    retrieval_metrics_from_similarity,
+)
 from hrem_layers.sampler import NeighborBatchSampler
 
 __version__ = "0.1.0"
@@ -21,9 +26,7 @@ __version__ = "0.1.0"
 __all__ = [
     "ALONE",
     "AssociationGraph",
-    "Candidates",
-    "Cosines",
-    "Exchange",
+    "DirectionMetrics",
     "FragmentRelation",
     "HREMLoss",
     "HREMTerms",
@@ -39,4 +42,5 @@ __all__ = [
     "align_fragments",
     "pair_cosines",
     "retrieval_metrics",
+    "retrieval_metrics_from_similarity",
 ]
