@@ -22,7 +22,8 @@ from torch.utils.data import BatchSampler, DataLoader, SequentialSampler
 
 from hrem_layers import NeighborBatchSampler
 from hrem_layers.sampler.arrays import random_keys, sort_by
-from hrem_layers.sampler.batching import Layout, arrange
+from hrem_layers.sampler.batching import arrange
+from hrem_layers.sampler.layout import Layout
 
 
 class Case(NamedTuple):

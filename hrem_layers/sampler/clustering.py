@@ -85,6 +85,18 @@ def cluster_features(
     return labels
 
 
+def check_seed(seed: object) -> int:
+    """An int in [0, 2^128): what numpy's SeedSequence tells apart."""
+    return check_int("seed", seed, minimum=0, maximum=2**128 - 1)
+
+
+def check_num_clusters(num_clusters: object, images: int) -> int:
+    number = check_int("num_clusters", num_clusters, minimum=1)
+    if number > images:
+        raise ValueError(f"num_clusters must be at most the number of images, {images}, got {number}")
+    return number
+
+
 def check_features(image_features: object) -> tuple[int, int]:
     """Images and dimensions of features that :func:`cluster_features` takes."""
     wanted = "image_features must be a floating-point numpy array or CPU tensor of shape (images, dimensions)"
