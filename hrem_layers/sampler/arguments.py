@@ -12,8 +12,8 @@ from torch import Tensor
 
 from hrem_layers._core.checks import check_bool, check_int, describe, said
 from hrem_layers.sampler.arrays import Ints
-from hrem_layers.sampler.clustering import check_features
 from hrem_layers.sampler.epoch import State
+from hrem_layers.sampler.features import check_features
 
 _MOST = 2**62  # captions: so that sums of two numbers of them are int64
 
@@ -68,7 +68,7 @@ def _as_array(wanted: str, values: object) -> npt.NDArray[np.generic]:
             raise TypeError(f"{wanted}, got {describe(values)}")
         if values.dtype.is_floating_point or values.dtype.is_complex:
             raise TypeError(f"{wanted}, got {values.dtype}")
-        return values.detach().cpu().numpy()  # type: ignore[no-any-return]
+        return values.detach().cpu().numpy()
     if isinstance(values, np.ma.MaskedArray) or not isinstance(values, np.ndarray | list | tuple | range):
         raise TypeError(f"{wanted}, got {type(values).__name__}")
     if isinstance(values, list | tuple):

@@ -47,7 +47,8 @@ class Assignment:
         pair = np.repeat(np.arange(len(images)) * self.steps, counts) + self.step[captions]
         by_pair = np.argsort(pair, kind="stable")
         again = captions[by_pair[1:]][pair[by_pair[1:]] == pair[by_pair[:-1]]]
-        return again[self.step[again] != self.dropped]
+        inside: Ints = again[self.step[again] != self.dropped]
+        return inside
 
     def doubles(self, caption: int) -> bool:
         """Whether its step holds another caption of its image."""
@@ -55,7 +56,8 @@ class Assignment:
 
     def steps_with(self, image: int) -> Ints:
         """The step of each caption of an image."""
-        return self.step[self.layout.offsets[image] : self.layout.offsets[image + 1]]
+        low, high = self.layout.offsets[image : image + 2]
+        return self.step[low:high]
 
     def holds(self, steps: Ints, images: Ints) -> Bools:
         """Whether each step holds the image beside it."""

@@ -76,7 +76,8 @@ def _groups_per_cluster(streams: Streams, group_size: int, full: int) -> Ints:
 def _group_starts(streams: Streams, groups: Ints, cluster: Ints, group_size: int) -> Ints:
     """Where each group begins in the streams; ``cluster`` says of which stream it is, in ascending order."""
     first = np.cumsum(groups) - groups
-    return streams.starts[cluster] + group_size * (np.arange(len(cluster)) - first[cluster])
+    start: Ints = streams.starts[cluster] + group_size * (np.arange(len(cluster)) - first[cluster])
+    return start
 
 
 def _order_blocks(group_row: Ints, first_in_row: Bools, loose_row: Ints, draw: Draw) -> Ints:

@@ -17,8 +17,9 @@ from torch.utils.data import Sampler
 from hrem_layers._core.checks import check_bool, check_int
 from hrem_layers.sampler.arguments import check_counts, check_labels, check_source, check_state
 from hrem_layers.sampler.arrays import Ints
-from hrem_layers.sampler.clustering import Features, check_num_clusters, check_seed, cluster_features
+from hrem_layers.sampler.clustering import check_num_clusters, check_seed, cluster_features
 from hrem_layers.sampler.epoch import Epoch, EpochBatches, State, step_count
+from hrem_layers.sampler.features import Features
 from hrem_layers.sampler.iteration import EpochSetter, Iteration, Position
 from hrem_layers.sampler.layout import Layout
 from hrem_layers.sampler.processes import (
@@ -294,7 +295,7 @@ class NeighborBatchSampler(Sampler[list[int]]):
         return {**self.__dict__, "_batches": None, "_position": self._position.copy()}
 
     def __repr__(self) -> str:
-        counts = self.captions_per_image
+        counts: object = self.captions_per_image
         if not isinstance(counts, int):
             counts = f"<{self._captions} captions of {len(self._counts)} images>"
         return (
