@@ -44,7 +44,8 @@ def _not_rebuilt_by_a_framework(init: _Init) -> _Init:
                 "BatchSampler(sampler, batch_size, drop_last), as frameworks do to put a distributed sampler into it. "
                 "It shares its batches out among the ranks by itself: in Lightning set "
                 "Trainer(use_distributed_sampler=False), in Fabric setup_dataloaders(..., "
-                "use_distributed_sampler=False)"
+                "use_distributed_sampler=False). Lightning's Trainer.predict rebuilds every sampler: give it a "
+                "DataLoader without this one, which is for training"
             )
         init(self, *args, **kwargs)
 
@@ -93,8 +94,11 @@ class NeighborBatchSampler(Sampler[list[int]]):
     ahead; then tell the number of batches trained on: ``state_dict(batches_done=...)``.
 
     **Frameworks.** Lightning: ``Trainer(use_distributed_sampler=False)``; with True, its default, there is an error
-    that says so. accelerate: ``prepare`` shares batches out by itself, so give ``num_replicas=1`` (None is refused in a
-    group with an ``Accelerator``, so that nothing is shared out twice); its ``even_batches=True``, the default, repeats
+    that says so on several devices. ``Trainer.predict`` rebuilds every batch sampler, whatever that option says, and
+    gets the same error: predict with a plain DataLoader. ``overfit_batches`` takes the first batches of every epoch,
+    which are others each time unless ``shuffle=False``. accelerate: ``prepare`` shares batches out by itself, so give
+    ``num_replicas=1``. So that nothing is shared out twice, None is refused in a group with an ``Accelerator``, and
+    iterating a prepared DataLoader with more than one replica is; its ``even_batches=True``, the default, repeats
     captions of the epoch's beginning if ``drop_last=False``, so use ``drop_last=True`` or ``even_batches=False``; only
     with ``split_batches=True`` are images distinct over the ranks, too.
 
@@ -102,13 +106,13 @@ class NeighborBatchSampler(Sampler[list[int]]):
         image_features: (images, dimensions), floating point: numpy array, ``np.memmap`` or CPU tensor. Not kept, and
             never copied whole. Either these or ``cluster_ids``.
         cluster_ids: (images,), integers of at least 0, with gaps if need be: list, numpy array or tensor.
-        num_clusters: for k-means, 1 .. images. None: one for every ``4 * images_per_cluster`` images.
+        num_clusters: for k-means, 1 .. images. None: one per ``4 * images_per_cluster`` images.
         clusters_per_batch: P, at least 1.
         images_per_cluster: K, at least 1.
-        captions_per_image: at least 1; or a count for every image, which may be 0 (such an image never comes).
+        captions_per_image: at least 1; or a count per image, which may be 0 (such an image never comes).
         drop_last: leave out the captions that do not fill a step.
         shuffle: False: the same order in every epoch.
-        seed: at least 0; also of k-means.
+        seed: at least 0, below 2^128; also of k-means.
         num_replicas: processes that share the epoch out. None: from ``torch.distributed``, at the latest when first
             asked, 1 if it is not initialised. If it is when the sampler is made, rank 0 clusters and sends the labels
             to the others, so all ranks must make it (and call ``refresh``) together; with ``num_replicas`` given,
@@ -121,6 +125,14 @@ class NeighborBatchSampler(Sampler[list[int]]):
 
     Warns:
         UserWarning: if ``drop_last=True`` and the captions do not fill one step, so that ``len`` is 0.
+
+    Example:
+        >>> from hrem_layers import NeighborBatchSampler
+        >>> sampler = NeighborBatchSampler(
+        ...     cluster_ids=[0, 0, 0, 1, 1, 1], clusters_per_batch=2, images_per_cluster=3, shuffle=False
+        ... )
+        >>> list(sampler)
+        [[0, 1, 2, 3, 4, 5]]
     """
 
     @_not_rebuilt_by_a_framework
