@@ -541,15 +541,52 @@ def test_a_state_is_refused_where_the_steps_hang_on_the_ranks() -> None:
         ({"batches_done": 49}, r"\['batches_done'\] must be at most 48, got 49"),
         ({"batches_done": -1}, r"\['batches_done'\] must be at least 0, got -1"),
         ({"epoch": -1}, r"\['epoch'\] must be at least 0, got -1"),
+        ({"epoch": 2**63}, r"\['epoch'\] must be at most"),
+        ({}, "must have the keys .*, got none"),
     ],
 )
 def test_a_malformed_state_is_refused_and_changes_nothing(state: object, match: str) -> None:
     sampler = regular()
-    if state in ({"batches_done": 49}, {"batches_done": -1}, {"epoch": -1}):
+    if "the keys" not in match:
         state = {**sampler.state_dict(), **state}
     with pytest.raises(ValueError, match=match):
         sampler.load_state_dict(state)
     assert sampler.state_dict() == regular().state_dict()
+
+
+@pytest.mark.parametrize("key", regular().state_dict())
+@pytest.mark.parametrize(
+    "value",
+    [None, 1.5, "1", -1, 2**130, [1], np.zeros(2), torch.zeros(2), torch.tensor(1), object(), float("nan")],
+    ids=lambda value: type(value).__name__,
+)  # fmt: skip
+def test_a_damaged_state_is_refused_by_its_key_and_changes_nothing(key: str, value: object) -> None:
+    sampler = regular()
+    sampler.load_state_dict({**regular().state_dict(), "epoch": 3, "batches_done": 2})
+    before = sampler.state_dict()
+    with pytest.raises((TypeError, ValueError), match=key):
+        sampler.load_state_dict({**before, key: value})
+    assert sampler.state_dict() == before
+    del before[key]
+    with pytest.raises(ValueError, match="must have the keys"):
+        sampler.load_state_dict(before)
+    with pytest.raises(ValueError, match="must have the keys"):
+        sampler.load_state_dict({**regular().state_dict(), key + "_": 1})
+
+
+@pytest.mark.parametrize("key", ["shuffle", "drop_last"])
+def test_a_state_holds_bools_where_it_should(key: str) -> None:
+    with pytest.raises(TypeError, match=rf"state_dict\['{key}'\] must be True or False, got 1"):
+        regular().load_state_dict({**regular().state_dict(), key: 1})
+    with pytest.raises(TypeError, match=r"state_dict\['seed'\] must be an int, got False"):
+        regular().load_state_dict({**regular().state_dict(), "seed": False})
+
+
+def test_all_batches_may_be_done() -> None:
+    sampler = regular()
+    sampler.load_state_dict(regular().state_dict(batches_done=48))
+    assert list(sampler) == []
+    assert len(list(sampler)) == 48
 
 
 def test_batches_done_is_checked() -> None:
@@ -649,6 +686,41 @@ def test_signature() -> None:
         assert str(inspect.Signature(parameters)) == f"({expected})"
 
 
+def test_numpy_numbers_are_numbers() -> None:
+    numbers = {
+        "clusters_per_batch": np.int8(3), "images_per_cluster": np.uint64(5), "captions_per_image": np.int32(3),
+        "seed": np.int64(4), "num_replicas": np.int64(2), "rank": np.uint8(1), "drop_last": np.False_,
+        "shuffle": np.True_, "num_clusters": np.int16(9),
+    }  # fmt: skip
+    plain = {name: value.item() for name, value in numbers.items()}
+    sampler, other = regular(**numbers), regular(**plain)
+    for made in (sampler, other):
+        made.set_epoch(np.int64(2))
+    assert list(sampler) == list(other)
+    assert repr(sampler) == repr(other)
+    assert sampler.state_dict() == other.state_dict()
+    assert {type(value) for value in sampler.state_dict(batches_done=np.int64(1)).values()} == {int, bool}
+    for name in ("batch_size", "seed", "num_clusters", "num_replicas", "rank", "captions_per_image", "epoch"):
+        assert type(getattr(sampler, name)) is int
+
+
+@pytest.mark.parametrize(
+    "made",
+    [list, tuple, np.array, torch.tensor, lambda ids: np.array(ids, ">i2"), lambda ids: np.repeat(ids, 2)[::2],
+     lambda ids: torch.tensor(ids).repeat_interleave(2)[::2], lambda ids: torch.tensor(ids, dtype=torch.uint8)],
+)  # fmt: skip
+def test_labels_and_counts_of_every_kind(made: object) -> None:
+    ids, counts = [image % 12 for image in range(240)], [image % 4 for image in range(240)]
+    expected = list(regular(cluster_ids=ids, captions_per_image=counts))
+    assert list(regular(cluster_ids=made(ids), captions_per_image=made(counts))) == expected
+
+
+def test_labels_may_be_a_range() -> None:
+    options = {"clusters_per_batch": 2, "images_per_cluster": 1}
+    by_range = NeighborBatchSampler(cluster_ids=range(6), **options)
+    assert list(by_range) == list(NeighborBatchSampler(cluster_ids=list(range(6)), **options))
+
+
 @pytest.mark.parametrize(
     ("args", "kwargs"),
     [
@@ -709,6 +781,40 @@ def test_what_frameworks_look_at() -> None:
         ({"rank": 1}, ValueError, "rank=1 needs num_replicas, because torch.distributed is not initialised"),
         ({"num_replicas": 2, "rank": 2}, ValueError, "rank must be below num_replicas=2, got 2"),
         ({"num_replicas": 2, "rank": -1}, ValueError, "rank must be at least 0, got -1"),
+        ({"cluster_ids": ["a"] * 240}, TypeError, "cluster_ids must be .* got <U1"),
+        ({"cluster_ids": [None] * 240}, TypeError, "cluster_ids must be .* got object"),
+        ({"cluster_ids": [0] * 239 + [True]}, TypeError, "cluster_ids must be .* got bool at index 239"),
+        ({"cluster_ids": [0, np.True_] * 120}, TypeError, "cluster_ids must be .* got bool at index 1"),
+        ({"cluster_ids": [-1] * 239 + [2**63]}, ValueError, "cluster_ids must be .* below .* got 9.* at index 239"),
+        ({"cluster_ids": [-(2**63) - 1] * 240}, ValueError, "cluster_ids must be .* below .* at index 0"),
+        ({"cluster_ids": [2**70] * 240}, ValueError, "cluster_ids must be .* below .* at index 0"),
+        ({"cluster_ids": np.ma.arange(240)}, TypeError, "cluster_ids must be .* got MaskedArray"),
+        ({"cluster_ids": {0: 1}}, TypeError, "cluster_ids must be .* got dict"),
+        ({"cluster_ids": iter(range(240))}, TypeError, "cluster_ids must be .* got range_iterator"),
+        ({"cluster_ids": np.array(3)}, ValueError, r"cluster_ids must be .* got shape \(\)"),
+        ({"cluster_ids": np.zeros(240, "M8[s]")}, TypeError, "cluster_ids must be .* got datetime64"),
+        ({"cluster_ids": torch.zeros(240, dtype=torch.bool)}, TypeError, "cluster_ids must be .* got bool"),
+        ({"cluster_ids": torch.arange(240).to_sparse()}, TypeError, "cluster_ids must be .* got shape .*sparse"),
+        ({"cluster_ids": torch.zeros(240, dtype=int, device="meta")}, TypeError, "cluster_ids must be .* meta"),
+        ({"cluster_ids": torch.zeros(240, dtype=torch.complex64)}, TypeError, "cluster_ids must be .* complex64"),
+        ({"num_clusters": True}, TypeError, "num_clusters must be an int, got True"),
+        ({"num_clusters": 1.0}, TypeError, "num_clusters must be an int"),
+        ({"clusters_per_batch": 2**63}, ValueError, "clusters_per_batch must be at most"),
+        ({"clusters_per_batch": np.array([1])}, TypeError, "clusters_per_batch must be an int, got an array"),
+        ({"images_per_cluster": torch.tensor(3)}, TypeError, "images_per_cluster must be an int, got a tensor"),
+        ({"images_per_cluster": "3"}, TypeError, "images_per_cluster must be an int, got '3'"),
+        ({"captions_per_image": np.True_}, TypeError, "captions_per_image must be an int"),
+        ({"captions_per_image": 2**62 // 240 + 1}, ValueError, "captions_per_image must be at most"),
+        ({"captions_per_image": [2**61] * 240}, ValueError, "captions_per_image must count at most"),
+        ({"captions_per_image": [1.0] * 240}, TypeError, "captions_per_image must be .* got float64"),
+        ({"captions_per_image": None}, TypeError, "captions_per_image must be .* got NoneType"),
+        ({"seed": 2**128}, ValueError, "seed must be at most"),
+        ({"seed": 1.0}, TypeError, "seed must be an int"),
+        ({"seed": True}, TypeError, "seed must be an int"),
+        ({"num_replicas": True, "rank": 0}, TypeError, "num_replicas must be an int"),
+        ({"num_replicas": 2, "rank": True}, TypeError, "rank must be an int"),
+        ({"num_replicas": 2, "rank": 1.0}, TypeError, "rank must be an int"),
+        ({"rank": "0"}, TypeError, "rank must be an int, got '0'"),
         (
             {"cluster_ids": [0], "captions_per_image": 3, "drop_last": False, "num_replicas": 4, "rank": 0},
             ValueError, "at least one caption for each of num_replicas=4, got 3",
