@@ -152,6 +152,39 @@ def test_no_more_rows_are_sampled_than_said(monkeypatch: pytest.MonkeyPatch) -> 
     assert sizes == [512, 1200, 400, 300, 500]
 
 
+@pytest.mark.parametrize("side", [-1, 1])
+@pytest.mark.parametrize("scale", [1e-30, 1.0, 3.0, 1e30])
+@pytest.mark.parametrize("offset", [0.0, 7.0])
+def test_centred_features_have_mean_0_and_at_most_1(
+    side: int, scale: float, offset: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whichever side the largest is on, in whichever chunk."""
+    monkeypatch.setattr(features_module, "_CHUNK_BYTES", 4 * 3 * 7)
+    features = np.random.default_rng(0).standard_normal((40, 3))
+    features[9, 1] = 50 * side
+    features = (scale * (offset + features)).astype(np.float32)
+    centred = CentredFeatures.of(features)
+    rows = centred.rows(np.arange(40), np.float64)
+    assert np.abs(rows.mean(0)).max() < 1e-7
+    assert 0.5 <= np.abs(rows).max() <= 1
+    assert np.abs(rows).max() == abs(rows[9, 1])
+    expected = features.astype(np.float64) - features.mean(0, dtype=np.float64)
+    assert np.allclose(rows, expected * centred.scale, rtol=1e-6, atol=1e-9)
+    assert np.log2(centred.scale) % 1 == 0
+    chunks = list(centred.chunks(np.float64))
+    assert [rows.stop - rows.start for rows, _ in chunks] == [7] * 5 + [5]
+    assert np.array_equal(np.concatenate([chunk for _, chunk in chunks]), rows)
+    assert np.array_equal(centred.rows(np.array([5, 38, 2]), np.float32), rows[[5, 38, 2]].astype(np.float32))
+
+
+def test_the_largest_float32_is_a_value() -> None:
+    largest = float(np.finfo(np.float32).max)
+    features = np.array([[largest], [-largest], [largest]])
+    for dtype in (np.float32, np.float64):
+        labels = cluster_features(features.astype(dtype), 2)
+        assert same_partition(labels, np.array([0, 1, 0]))
+
+
 @pytest.mark.parametrize(("dimensions", "offset"), [(2048, 30.0), (256, 100.0), (256, -1e4), (8, 1e5)])
 @pytest.mark.parametrize("sampled", [False, True])
 def test_a_common_offset_does_not_matter(dimensions: int, offset: float, sampled: bool) -> None:
