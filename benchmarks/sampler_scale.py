@@ -114,8 +114,8 @@ def main() -> None:
         section(
             "The order of an epoch",
             "*Order* is the time from `iter(sampler)` to the first batch; *Python objects* are the blocks that Python "
-            "holds more then than before the constructor; *µs per batch* is that of the rest of the epoch; *peak* is the "
-            "resident memory of the whole process, imports included.",
+            "holds more then than before the constructor; *µs per batch* is that of the rest of the epoch; *peak* is "
+            "the resident memory of the whole process, imports included.",
             table(ORDER_HEAD, rows),
             versions(),
         )

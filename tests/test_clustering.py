@@ -250,6 +250,11 @@ def test_float64_only_where_it_is_needed(monkeypatch: pytest.MonkeyPatch) -> Non
     assert types == [np.float32] * 2
     cluster_features(np.eye(4).repeat(5, 0), 4)
     assert types[2:] == [np.float32, np.float64]
+    for spread, again in ((3e-3, True), (3e-2, False)):  # of a cluster, against the distance of the clusters
+        types.clear()
+        centres = np.eye(8)[np.arange(900) % 8]
+        cluster_features(centres + spread * np.random.default_rng(0).standard_normal((900, 8)), 8)
+        assert types == [np.float32, np.float64][: 1 + again]
 
 
 @pytest.mark.parametrize("number", [5, 6, 9, 200])

@@ -22,8 +22,11 @@ from torch.utils.data import BatchSampler, DataLoader, SequentialSampler
 
 from hrem_layers import NeighborBatchSampler
 from hrem_layers.sampler.arrays import random_keys, sort_by
+from hrem_layers.sampler.assignment import Assignment
 from hrem_layers.sampler.batching import arrange
+from hrem_layers.sampler.epoch import step_bounds
 from hrem_layers.sampler.layout import Layout
+from hrem_layers.sampler.paths import exchange_along_paths
 
 
 class Case(NamedTuple):
@@ -166,6 +169,26 @@ def test_no_step_holds_an_image_twice_where_that_can_be_avoided(case: Case) -> N
         for step in images:
             doubled = [image for image, times in Counter(step).items() if times > 1]
             assert all(case.each[image] > full for image in doubled)
+
+
+@given(cases())
+@settings(max_examples=120)
+def test_exchanges_along_paths_alone_reach_the_best(case: Case) -> None:
+    """Without trials before them, from any order, dropped captions or not."""
+    layout = Layout.build(np.array(case.each), np.array(case.labels))
+    order = np.random.default_rng(case.seed).permutation(case.captions)
+    bounds = step_bounds(case.captions, case.step, 1, case.drop_last)
+    sizes = np.diff(bounds).tolist()
+    steps = Assignment(order, bounds, layout)
+    images = np.arange(len(case.each))
+    passes = 0
+    while exchange_along_paths(steps, images):
+        passes += 1
+        assert passes < 100
+    assert sorted(order) == list(range(case.captions))
+    assert np.array_equal(order[steps.place], np.arange(case.captions))
+    parts = np.split(layout.image_of(order), bounds[1:])[: len(sizes)]
+    assert sum(len(np.unique(part)) for part in parts) == most_distinct(case.each, sizes)
 
 
 @given(cases())
@@ -542,6 +565,8 @@ def test_a_state_is_refused_where_the_steps_hang_on_the_ranks() -> None:
         ({"batches_done": -1}, r"\['batches_done'\] must be at least 0, got -1"),
         ({"epoch": -1}, r"\['epoch'\] must be at least 0, got -1"),
         ({"epoch": 2**63}, r"\['epoch'\] must be at most"),
+        ({"seed": 2**128}, r"\['seed'\] must be at most 340282366920938463463374607431768211455"),
+        ({"seed": 2**128 - 1}, "of another sampler: seed is 0 here, 340282366920938463463374607431768211455 there"),
         ({}, "must have the keys .*, got none"),
     ],
 )
@@ -580,6 +605,23 @@ def test_a_state_holds_bools_where_it_should(key: str) -> None:
         regular().load_state_dict({**regular().state_dict(), key: 1})
     with pytest.raises(TypeError, match=r"state_dict\['seed'\] must be an int, got False"):
         regular().load_state_dict({**regular().state_dict(), "seed": False})
+
+
+def test_an_iteration_loads_a_state_by_itself() -> None:
+    state = regular(seed=0).state_dict(batches_done=7)
+    sampler = regular()
+    sampler.set_epoch(5)
+    iterator = iter(sampler)
+    iterator.load_state_dict(state)
+    assert sampler.epoch == 0 and iterator.state_dict() == state == sampler.state_dict()
+    assert list(iterator) == list(regular())[7:]
+
+
+def test_ranks_are_in_a_state_only_where_they_matter() -> None:
+    options = {"cluster_ids": [0] * 19, "images_per_cluster": 2, "clusters_per_batch": 2, "num_replicas": 4, "rank": 0}
+    assert NeighborBatchSampler(**options).state_dict()["ranks_sharing_left_over"] == 0
+    assert NeighborBatchSampler(**options, drop_last=False).state_dict()["ranks_sharing_left_over"] == 4
+    assert regular().state_dict()["ranks_sharing_left_over"] == 0
 
 
 def test_all_batches_may_be_done() -> None:
@@ -836,6 +878,15 @@ def test_too_few_captions_for_a_step_is_said() -> None:
     with pytest.warns(UserWarning, match=r"no batch: its 3 captions do not fill one step of .* = 4, and drop_last"):
         sampler = NeighborBatchSampler(cluster_ids=[0, 0, 0], clusters_per_batch=1, images_per_cluster=4)
     assert len(sampler) == 0 and list(sampler) == []
+
+
+def test_too_few_captions_for_all_ranks_is_said() -> None:
+    options = {"cluster_ids": [0] * 7, "clusters_per_batch": 1, "images_per_cluster": 4, "rank": 0}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        NeighborBatchSampler(**options, num_replicas=1)
+    with pytest.warns(UserWarning, match=r"its 7 captions do not fill one step of .* = 8, and drop_last"):
+        NeighborBatchSampler(**options, num_replicas=2)
 
 
 def test_copies_give_the_same_and_go_their_own_way() -> None:

@@ -180,6 +180,19 @@ def test_batches_larger_than_all_captions(huge: int, clusters: object, images: o
     assert drop_last or sorted(batches[0]) == list(range(6))
 
 
+@pytest.mark.parametrize(("clusters", "images"), [(2**62, 1), (1, 2**62), (2**62, 2**62)])
+def test_a_huge_batch_has_the_order_of_one_that_is_just_too_large(clusters: int, images: int) -> None:
+    def batches(clusters: int, images: int) -> list[list[int]]:
+        return list(
+            NeighborBatchSampler(
+                cluster_ids=np.arange(20) % 3, captions_per_image=2, clusters_per_batch=clusters,
+                images_per_cluster=images, drop_last=False,
+            )
+        )  # fmt: skip
+
+    assert batches(clusters, images) == batches(min(clusters, 41), min(images, 41))
+
+
 def test_without_keys_the_order_is_that_of_the_indices() -> None:
     layout = Layout.build(np.ones(12, int), np.arange(12) // 4)
     assert arrange(layout, 3, 4, no_keys).tolist() == list(range(12))

@@ -15,7 +15,7 @@ from hrem_layers.sampler.features import CentredFeatures, Features, Floats, chec
 _SAMPLE_BYTES = 2**28
 # The start is chosen from so many means of rows: 3 per cluster and 100 more, each of 6 rows or so.
 _MEANS_PER_CLUSTER, _MORE_MEANS, _ROWS_PER_MEAN = 3, 100, 6
-_ITERATIONS_ON_MEANS = 5
+_ITERATIONS_TO_MEANS, _ITERATIONS_ON_MEANS = 3, 5
 _ROUNDING = 1e3  # how many times the rounding of float32 a mean squared distance must be
 
 
@@ -37,14 +37,15 @@ def cluster_features(
     may end up without images.
 
     *The start.* k-means++ on the rows themselves is slow and takes outliers for clusters. Here some three times as many
-    centres as are wanted are drawn from the rows and moved once by Lloyd's algorithm, to means of a few rows each;
+    centres as are wanted are drawn from the rows and moved by a few of Lloyd's iterations, to means of a few rows each;
     weighted k-means++ and k-means on these choose the start, from which Lloyd's iterations go on with all rows of the
     sample.
 
     *Precision.* The mean is taken away and a power of two brings the largest value near 1, in float64 and once for all
     steps, so that neither a common offset nor the scale matters; the rest is done in float32. Where the mean squared
     distance of a row to its centre is so small against the rows' norm that float32 would blur it (one feature far
-    larger than the others, or clusters far smaller than their distances), it is done again in float64.
+    larger than the others, or clusters far smaller than their distances), it is done again in float64, in
+    twice the memory.
 
     *Duplicates.* Equal rows get equal labels. With no more different rows in the sample than ``num_clusters``, each of
     them is a cluster; the others are empty.
@@ -142,7 +143,7 @@ def _start(rows: Floats, number: int, keys: Keys) -> Floats:
     number_of_means = _MEANS_PER_CLUSTER * number + _MORE_MEANS
     if len(rows) > number_of_means:
         some = rows[sort_by([], keys[:-1])[: _ROWS_PER_MEAN * number_of_means]]
-        over = _k_means(some, some[:number_of_means], 1)
+        over = _k_means(some, some[:number_of_means], _ITERATIONS_TO_MEANS)
         rows, weights = over.cluster_centers_, np.bincount(over.labels_, minlength=number_of_means).astype(rows.dtype)
     state = int(keys[-1] >> np.uint64(32))
     chosen, _ = kmeans_plusplus(rows, number, sample_weight=weights, random_state=state)

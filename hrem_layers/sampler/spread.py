@@ -59,7 +59,7 @@ def _columns(total: int, table: Table, draw: Draw) -> list[Ints]:
     partly = max(in_last - depth, 0)
     columns = [deeper] if odd and not partly else []
     columns += [np.append(deeper, table.full)] * partly
-    columns += [np.arange(table.full + (column < in_last - partly)) for column in range(depth)]
+    columns += [np.arange(table.full + (column < in_last)) for column in range(depth)]
     return columns
 
 
