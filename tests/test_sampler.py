@@ -191,6 +191,55 @@ def test_exchanges_along_paths_alone_reach_the_best(case: Case) -> None:
     assert sum(len(np.unique(part)) for part in parts) == most_distinct(case.each, sizes)
 
 
+@pytest.mark.parametrize("steps", [2, 3, 5, 9])
+@pytest.mark.parametrize("images", [2, 4, 7])
+@pytest.mark.parametrize("dropped", [0, 1, 3])
+@pytest.mark.parametrize("seed", range(4))
+def test_exchanges_along_paths_where_every_step_must_hold_every_image(
+    steps: int, images: int, dropped: int, seed: int
+) -> None:
+    """As many captions of each image as steps, and a few more of the first one, which can only be dropped."""
+    counts = np.full(images, steps)
+    counts[0] += dropped
+    layout = Layout.build(counts, np.zeros(images, int))
+    order = np.random.default_rng(seed).permutation(layout.captions)
+    assignment = Assignment(order, np.arange(steps + 1) * images, layout)
+    while exchange_along_paths(assignment, np.arange(images)):
+        pass
+    of = layout.image_of(order)
+    assert all(len(set(part)) == images for part in of[: steps * images].reshape(steps, images).tolist())
+    assert (of[steps * images :] == 0).all()
+    assert sorted(order) == list(range(layout.captions))
+
+
+def test_a_chain_of_three_steps() -> None:
+    """Of aab, b and ac only all three together have a better arrangement: a to the second, b to the third, c back."""
+    layout = Layout.build(np.array([3, 2, 1]), np.zeros(3, int))
+    order = np.array([0, 1, 3, 4, 2, 5])
+    assert exchange_along_paths(Assignment(order, np.array([0, 3, 4, 6]), layout), np.arange(3))
+    images = layout.image_of(order)
+    assert [sorted(part.tolist()) for part in np.split(images, [3, 4])] == [[0, 1, 2], [0], [0, 1]]
+
+
+@pytest.mark.parametrize("dropped", [0, 1, 4])
+@pytest.mark.parametrize("seed", range(60))
+def test_exchanges_along_paths_between_steps_of_any_sizes(dropped: int, seed: int) -> None:
+    """Only there are chains long."""
+    random = np.random.default_rng(seed)
+    sizes = random.integers(1, 7, random.integers(2, 9))
+    owner = random.integers(0, random.integers(2, 8), sizes.sum() + dropped)
+    layout = Layout.build(np.bincount(owner), np.zeros(owner.max() + 1, int))
+    order = random.permutation(layout.captions)
+    bounds = np.append(0, np.cumsum(sizes))
+    assignment = Assignment(order, bounds, layout)
+    while exchange_along_paths(assignment, np.arange(len(layout.counts))):
+        pass
+    parts = np.split(layout.image_of(order), bounds[1:])[: len(sizes)]
+    best = most_distinct(layout.counts.tolist(), sizes.tolist())
+    assert sum(len(np.unique(part)) for part in parts) == best
+    assert sorted(order) == list(range(layout.captions))
+
+
 @given(cases())
 @settings(max_examples=60)
 def test_ranks_share_the_steps_of_one_process(case: Case) -> None:

@@ -13,9 +13,9 @@ from hrem_layers.sampler.arrays import Keys, random_keys, sort_by
 from hrem_layers.sampler.features import CentredFeatures, Features, Floats, check_features
 
 _SAMPLE_BYTES = 2**28
-# The start is chosen from so many means of rows: 3 per cluster and 100 more, each of 6 rows or so.
-_MEANS_PER_CLUSTER, _MORE_MEANS, _ROWS_PER_MEAN = 3, 100, 6
-_ITERATIONS_TO_MEANS, _ITERATIONS_ON_MEANS = 3, 5
+# The start is chosen from so many means of rows: 3 per cluster and 100 more, each of 5 rows or so.
+_MEANS_PER_CLUSTER, _MORE_MEANS, _ROWS_PER_MEAN = 3, 100, 5
+_ITERATIONS_TO_MEANS, _ITERATIONS_ON_MEANS = 2, 5
 _ROUNDING = 1e3  # how many times the rounding of float32 a mean squared distance must be
 
 
