@@ -303,7 +303,7 @@ def test_the_start_finds_well_separated_clusters(clusters: int, images: int) -> 
     assert len(set(labels.tolist())) >= 0.98 * clusters
 
 
-def test_no_worse_than_scikit_learn_alone() -> None:
+def test_within_a_percent_of_scikit_learn_run_to_its_end() -> None:
     """The sum of squared distances, on features without clusters and with overlapping ones."""
     from sklearn.cluster import KMeans
 
@@ -313,7 +313,7 @@ def test_no_worse_than_scikit_learn_alone() -> None:
         labels = cluster_features(features, 50)
         means = np.stack([features[labels == label].mean(0) for label in range(50)])
         ours = ((features - means[labels]) ** 2).sum()
-        assert ours < 1.005 * KMeans(50, n_init=1, random_state=0).fit(features).inertia_
+        assert ours < 1.01 * KMeans(50, n_init=1, random_state=0).fit(features).inertia_
 
 
 def test_scikit_learn_is_imported_when_used() -> None:
