@@ -42,7 +42,7 @@ def _shortest_path(steps: Assignment, caption: int, images: Ints) -> tuple[list[
     lacking = np.ones(steps.steps, bool)
     lacking[steps.steps_with(int(steps.image[caption]))] = False
     if steps.dropped >= 0:
-        lacking[steps.dropped] = True
+        lacking[steps.dropped] = True  # so that it is never reached over another step
     came = dict.fromkeys(np.flatnonzero(lacking).tolist(), -1)  # from which step each one was reached
     reached = lacking.copy()
     reached[start] = True
@@ -84,18 +84,13 @@ def _may_take_from(steps: Assignment, giver: int) -> Bools:
     """Steps that lack an image of ``giver``."""
     images = np.unique(steps.images_in(giver))
     _, holding = steps.steps_per_image(images)
-    lacks = np.bincount(holding, minlength=steps.steps) < len(images)
-    if steps.dropped >= 0:
-        lacks[steps.dropped] = True
-    return lacks
+    return np.bincount(holding, minlength=steps.steps) < len(images)
 
 
 def _gift(steps: Assignment, giver: int, taker: int) -> int:
     """The first caption of ``giver`` whose image ``taker`` lacks."""
     places = np.arange(steps.bounds[giver], steps.bounds[giver + 1])
-    if taker != steps.dropped:
-        places = places[~np.isin(steps.images_in(giver), steps.images_in(taker))]
-    return int(steps.order[places[0]])
+    return int(steps.order[places[~np.isin(steps.images_in(giver), steps.images_in(taker))][0]])
 
 
 def _leads_into(steps: Assignment, dead_end: Bools, captions: Ints, step: int) -> Bools:
