@@ -23,7 +23,7 @@ from _common import in_own_process, section, status_kib, table
 from hrem_layers import NeighborBatchSampler
 from hrem_layers.sampler.clustering import cluster_features
 
-ORDERS = [  # images, clusters, captions an image, clusters and images a batch, ranks
+ORDERS = [  # images, clusters, captions per image, clusters and images per batch, ranks
     (2_000_000, 16_000, 5, 8, 16, 1),
     (2_000_000, 16_000, 5, 8, 16, 256),
     (2_000_000, 500_000, 5, 8, 16, 1),
@@ -57,7 +57,7 @@ def order(images: int, clusters: int, captions: int, per_batch: int, per_cluster
 
 ORDER_HEAD = [
     "images", "clusters", "captions", "P x K x ranks", "constructor s", "order s", "order CPU s", "Python objects",
-    "µs a batch", "peak GB",
+    "µs per batch", "peak GB",
 ]  # fmt: skip
 
 
@@ -73,7 +73,7 @@ def cluster(kind: str, file: str, number: int) -> list[str]:
     ]  # fmt: skip
 
 
-CLUSTERS_HEAD = ["features", "images", "dimensions", "clusters", "s", "CPU s", "images a cluster", "peak GB"]
+CLUSTERS_HEAD = ["features", "images", "dimensions", "clusters", "s", "CPU s", "images per cluster", "peak GB"]
 
 
 def peak() -> str:
@@ -114,8 +114,8 @@ def main() -> None:
         section(
             "The order of an epoch",
             "*Order* is the time from `iter(sampler)` to the first batch; *Python objects* are the blocks that Python "
-            "holds more then than before the constructor; *µs a batch* is that of the rest of the epoch; *peak* is the "
-            "resident memory of the whole process, imports included.",
+            "holds more then than before the constructor; *µs per batch* is that of the rest of the epoch; *peak* is "
+            "the resident memory of the whole process, imports included.",
             table(ORDER_HEAD, rows),
             versions(),
         )

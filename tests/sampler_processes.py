@@ -122,6 +122,7 @@ def accelerate_shards(batches: NeighborBatchSampler, epochs: int = 2, **options:
 def accelerate_cases(rank: int, world: int) -> dict[str, list]:
     return {
         "refused": accelerate_refused(rank, world),
+        "twice": accelerate_twice(rank, world),
         "plain": accelerate_shards(sampler(num_replicas=1)),
         "uneven": accelerate_shards(sampler(num_replicas=1, drop_last=False), even_batches=False),
         "even": accelerate_shards(sampler(num_replicas=1, drop_last=False), epochs=1),
@@ -144,6 +145,28 @@ def accelerate_refused(rank: int, world: int) -> list:
             raise AssertionError("would be shared out twice")
     made = sampler(num_replicas=world, rank=rank)
     return [list(made)]
+
+
+def accelerate_twice(rank: int, world: int) -> list:
+    """Prepared, a sampler with ranks of its own gives an error; not prepared, its part."""
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+    from accelerate.utils import DataLoaderConfiguration
+
+    got = []
+    for options in ({}, {"split_batches": True}, {"dispatch_batches": True}, {"even_batches": False}):
+        AcceleratorState._reset_state()
+        accelerator = Accelerator(cpu=True, dataloader_config=DataLoaderConfiguration(**options))
+        made = sampler(num_replicas=world, rank=rank)
+        prepared = accelerator.prepare(loader(made, num_workers=1 if not options else 0))
+        try:
+            next(iter(prepared))
+        except ValueError as error:
+            assert f"would be shared out twice: by the sampler, with num_replicas={world}, and by" in str(error)
+        else:
+            raise AssertionError(f"shared out twice with {options}")
+        got.append([batch.tolist() for batch in loader(made)])
+    return got
 
 
 # Lightning starts the other processes by itself

@@ -12,7 +12,9 @@ import pytest
 import torch
 
 from hrem_layers.sampler import clustering
+from hrem_layers.sampler import features as features_module
 from hrem_layers.sampler.clustering import cluster_features
+from hrem_layers.sampler.features import CentredFeatures
 
 
 def blobs(images: int, clusters: int, dimensions: int = 8, dtype: object = np.float32) -> tuple[np.ndarray, np.ndarray]:
@@ -38,29 +40,26 @@ def test_finds_the_clusters() -> None:
 
 def test_every_row_has_its_nearest_centre(monkeypatch: pytest.MonkeyPatch) -> None:
     """Also when fitted on a sample and assigned in chunks that do not divide the rows."""
-    monkeypatch.setattr(clustering, "_CHUNK_BYTES", 4 * 8 * 37)
+    monkeypatch.setattr(features_module, "_CHUNK_BYTES", 4 * 8 * 37)
     features = np.random.default_rng(1).standard_normal((500, 8)).astype(np.float32)
     labels = cluster_features(features, 10, sample_per_cluster=15)
     kept: dict[str, np.ndarray] = {}
+    fit = clustering._fit
 
-    import sklearn.cluster
+    def watched(sample: np.ndarray, *arguments: object) -> object:
+        kept["sample"] = sample.copy()
+        means = fit(sample, *arguments)
+        kept["centres"] = means.cluster_centers_
+        return means
 
-    class Watched(sklearn.cluster.KMeans):
-        def fit(self, sample: np.ndarray) -> Watched:
-            kept["sample"] = sample.copy()
-            super().fit(sample)
-            kept["centres"] = self.cluster_centers_
-            return self
-
-    monkeypatch.setattr(sklearn.cluster, "KMeans", Watched)
+    monkeypatch.setattr(clustering, "_fit", watched)
     assert np.array_equal(cluster_features(features, 10, sample_per_cluster=15), labels)
+    centred = CentredFeatures.of(features).rows(np.arange(500), np.float32)
     assert kept["sample"].shape == (150, 8)
-    rows = {row.tobytes() for row in features}
-    assert len({row.tobytes() for row in kept["sample"]} & rows) == 150, "different rows, unchanged"
-    distance = ((features[:, None] - kept["centres"]) ** 2).sum(-1)
+    rows = {row.tobytes() for row in centred}
+    assert len({row.tobytes() for row in kept["sample"]} & rows) == 150, "different rows"
+    distance = ((centred[:, None] - kept["centres"]) ** 2).sum(-1)
     assert np.array_equal(labels, distance.argmin(1))
-    one_go = cluster_features(features, 10, sample_per_cluster=15)
-    assert np.array_equal(one_go, labels)
 
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
@@ -102,9 +101,9 @@ def test_the_fit_runs_on_one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
     threads: list[int] = []
 
     class Watched(sklearn.cluster.KMeans):
-        def fit(self, sample: np.ndarray) -> Watched:
+        def fit(self, sample: np.ndarray, **options: object) -> Watched:
             threads.extend(pool["num_threads"] for pool in threadpool_info())
-            return super().fit(sample)
+            return super().fit(sample, **options)
 
     monkeypatch.setattr(sklearn.cluster, "KMeans", Watched)
     with threadpool_limits(limits=2):
@@ -115,7 +114,7 @@ def test_the_fit_runs_on_one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("mapped", [False, True])
 def test_features_are_never_copied_whole(mapped: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(clustering, "_CHUNK_BYTES", 2**20)
+    monkeypatch.setattr(features_module, "_CHUNK_BYTES", 2**20)
     monkeypatch.setattr(clustering, "_SAMPLE_BYTES", 2**20)
     features, which = blobs(40000, 20, 128)
     if mapped:
@@ -133,18 +132,17 @@ def test_features_are_never_copied_whole(mapped: bool, tmp_path: Path, monkeypat
 
 
 def test_no_more_rows_are_sampled_than_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    import sklearn.cluster
-
     sizes: list[int] = []
+    fit = clustering._fit
 
-    class Watched(sklearn.cluster.KMeans):
-        def fit(self, sample: np.ndarray) -> Watched:
+    def watched(sample: np.ndarray, *arguments: object) -> object:
+        if sample.dtype == np.float32:  # perhaps once more in float64
             sizes.append(len(sample))
-            return super().fit(sample)
+        return fit(sample, *arguments)
 
-    monkeypatch.setattr(sklearn.cluster, "KMeans", Watched)
+    monkeypatch.setattr(clustering, "_fit", watched)
     features, _ = blobs(1200, 10)
-    cluster_features(features, 2)  # 256 rows a cluster
+    cluster_features(features, 2)  # 256 rows per cluster
     cluster_features(features, 10)  # all
     monkeypatch.setattr(clustering, "_SAMPLE_BYTES", 4 * 8 * 400)
     cluster_features(features, 10)  # so many bytes
@@ -152,6 +150,170 @@ def test_no_more_rows_are_sampled_than_said(monkeypatch: pytest.MonkeyPatch) -> 
     cluster_features(features, 10)  # a quarter
     cluster_features(features, 500)  # but a row for each centre
     assert sizes == [512, 1200, 400, 300, 500]
+
+
+@pytest.mark.parametrize("side", [-1, 1])
+@pytest.mark.parametrize("scale", [1e-30, 1.0, 3.0, 1e30])
+@pytest.mark.parametrize("offset", [0.0, 7.0])
+def test_centred_features_have_mean_0_and_at_most_1(
+    side: int, scale: float, offset: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whichever side the largest is on, in whichever chunk."""
+    monkeypatch.setattr(features_module, "_CHUNK_BYTES", 4 * 3 * 7)
+    features = np.random.default_rng(0).standard_normal((40, 3))
+    features[9, 1] = 50 * side
+    features = (scale * (offset + features)).astype(np.float32)
+    centred = CentredFeatures.of(features)
+    rows = centred.rows(np.arange(40), np.float64)
+    assert np.abs(rows.mean(0)).max() < 1e-7
+    assert 0.5 <= np.abs(rows).max() <= 1
+    assert np.abs(rows).max() == abs(rows[9, 1])
+    expected = features.astype(np.float64) - features.mean(0, dtype=np.float64)
+    assert np.allclose(rows, expected * centred.scale, rtol=1e-6, atol=1e-9)
+    assert np.log2(centred.scale) % 1 == 0
+    chunks = list(centred.chunks(np.float64))
+    assert [rows.stop - rows.start for rows, _ in chunks] == [7] * 5 + [5]
+    assert np.array_equal(np.concatenate([chunk for _, chunk in chunks]), rows)
+    assert np.array_equal(centred.rows(np.array([5, 38, 2]), np.float32), rows[[5, 38, 2]].astype(np.float32))
+
+
+def test_the_largest_float32_is_a_value() -> None:
+    largest = float(np.finfo(np.float32).max)
+    features = np.array([[largest], [-largest], [largest]])
+    for dtype in (np.float32, np.float64):
+        labels = cluster_features(features.astype(dtype), 2)
+        assert same_partition(labels, np.array([0, 1, 0]))
+
+
+@pytest.mark.parametrize(("dimensions", "offset"), [(2048, 30.0), (256, 100.0), (256, -1e4), (8, 1e5)])
+@pytest.mark.parametrize("sampled", [False, True])
+def test_a_common_offset_does_not_matter(dimensions: int, offset: float, sampled: bool) -> None:
+    """In float32, where the squared norms leave no room for the distances between the clusters."""
+    random = np.random.default_rng(0)
+    apart = max(0.05, 1e-5 * abs(offset))
+    which = np.arange(600) % 12
+    features = apart * (
+        random.standard_normal((12, dimensions))[which] + 0.1 * random.standard_normal((600, dimensions))
+    )
+    labels = cluster_features((offset + features).astype(np.float32), 12, sample_per_cluster=25 if sampled else 256)
+    assert same_partition(labels, which)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("scale", [1e-42, 1e-37, 1e-20, 1e-5, 1e5, 1e20, 1e36])
+@pytest.mark.parametrize("sampled", [False, True])
+def test_the_scale_does_not_matter(scale: float, dtype: type, sampled: bool) -> None:
+    features, which = blobs(600, 12, dtype=np.float64)
+    labels = cluster_features((scale * features).astype(dtype), 12, sample_per_cluster=25 if sampled else 256)
+    assert same_partition(labels, which)
+
+
+@pytest.mark.parametrize("scale", [1e-310, 1e-200])
+def test_float64_features_may_be_smaller_than_float32_has_numbers(scale: float) -> None:
+    features, which = blobs(600, 12, dtype=np.float64)
+    assert same_partition(cluster_features(scale * features, 12), which)
+
+
+def test_float64_features_are_centred_before_they_are_rounded() -> None:
+    features, which = blobs(600, 12, dtype=np.float64)
+    assert same_partition(cluster_features(1e9 + features, 12), which)
+
+
+def test_constant_columns_do_not_matter() -> None:
+    features, which = blobs(600, 12)
+    constant = np.tile(np.array([0.0, 0.1, -1e6, 1e-30], np.float32), (600, 1))
+    assert same_partition(cluster_features(np.concatenate([features, constant], 1), 12), which)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("sampled", [False, True])
+def test_one_feature_far_above_the_others_does_not_blur_them(dtype: type, sampled: bool) -> None:
+    """Its square is 10^12 and theirs 1: float32 has no room for both, so that the fit is repeated in float64."""
+    features, which = blobs(900, 12, dtype=np.float64)
+    half = np.arange(900) % 2
+    features = np.concatenate([features, 1e6 * half[:, None]], 1).astype(dtype)
+    labels = cluster_features(features, 24, sample_per_cluster=25 if sampled else 256)
+    assert same_partition(labels, 2 * which + half)
+
+
+def test_float64_only_where_it_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+    types: list[type] = []
+    fit = clustering._fit
+
+    def watched(sample: np.ndarray, *arguments: object) -> object:
+        types.append(sample.dtype.type)
+        return fit(sample, *arguments)
+
+    monkeypatch.setattr(clustering, "_fit", watched)
+    cluster_features(blobs(600, 12)[0], 12)
+    cluster_features(np.random.default_rng(0).standard_normal((600, 8)), 12)
+    assert types == [np.float32] * 2
+    cluster_features(np.eye(4).repeat(5, 0), 4)
+    assert types[2:] == [np.float32, np.float64]
+    for spread, again in ((3e-3, True), (3e-2, False)):  # of a cluster, against the distance of the clusters
+        types.clear()
+        centres = np.eye(8)[np.arange(900) % 8]
+        cluster_features(centres + spread * np.random.default_rng(0).standard_normal((900, 8)), 8)
+        assert types == [np.float32, np.float64][: 1 + again]
+
+
+@pytest.mark.parametrize("number", [5, 6, 9, 200])
+@pytest.mark.parametrize("apart", [1.0, 1e-3, 1e-7])
+def test_with_few_different_rows_each_is_a_cluster(number: int, apart: float) -> None:
+    """``apart``: of the last two rows, against a norm of 1."""
+    different = np.concatenate([np.eye(4), np.eye(4)[3:]])
+    different[4, 0] = apart
+    features = different.repeat(40, 0)
+
+    def cluster() -> None:
+        labels = cluster_features(features, number)
+        assert same_partition(labels, np.arange(5).repeat(40))
+        assert labels.max() < number
+
+    if number == 5:
+        cluster()
+    else:
+        with pytest.warns(
+            UserWarning, match=rf"has 5 different rows .* num_clusters is {number}: {number - 5} cl"
+        ) as caught:
+            cluster()
+        assert len(caught) == 1 and caught[0].filename == __file__
+
+
+@pytest.mark.parametrize("value", [0.0, 0.1, 1e30])
+def test_all_rows_equal(value: float) -> None:
+    with pytest.warns(UserWarning, match="1 different rows"):
+        labels = cluster_features(np.full((50, 3), value), 4)
+    assert len(set(labels.tolist())) == 1
+    assert cluster_features(np.full((50, 3), value), 1).tolist() == [0] * 50
+
+
+def test_as_many_clusters_as_images() -> None:
+    features = np.random.default_rng(0).standard_normal((40, 3))
+    assert sorted(cluster_features(features, 40).tolist()) == list(range(40))
+    assert cluster_features(features[:1], 1).tolist() == [0]
+
+
+@pytest.mark.parametrize(("clusters", "images"), [(12, 600), (60, 6000), (200, 10000)])
+def test_the_start_finds_well_separated_clusters(clusters: int, images: int) -> None:
+    features, which = blobs(images, clusters, 16)
+    labels = cluster_features(features, clusters)
+    pairs = len(set(zip(labels.tolist(), which.tolist(), strict=True)))
+    assert pairs <= 1.02 * clusters
+    assert len(set(labels.tolist())) >= 0.98 * clusters
+
+
+def test_within_a_percent_of_scikit_learn_run_to_its_end() -> None:
+    """The sum of squared distances, on features without clusters and with overlapping ones."""
+    from sklearn.cluster import KMeans
+
+    random = np.random.default_rng(0)
+    noise = random.standard_normal((3000, 24)).astype(np.float32)
+    for features in (noise, noise + 1.5 * random.standard_normal((50, 24)).astype(np.float32)[np.arange(3000) % 50]):
+        labels = cluster_features(features, 50)
+        means = np.stack([features[labels == label].mean(0) for label in range(50)])
+        ours = ((features - means[labels]) ** 2).sum()
+        assert ours < 1.01 * KMeans(50, n_init=1, random_state=0).fit(features).inertia_
 
 
 def test_scikit_learn_is_imported_when_used() -> None:
@@ -180,6 +342,13 @@ def test_scikit_learn_is_imported_when_used() -> None:
         (np.zeros((3, 0)), ValueError, r"image_features must be .* neither of them 0, got shape \(3, 0\)"),
         (torch.zeros(3, 2, device="meta"), ValueError, "image_features must be .* got .* meta"),
         (torch.eye(3).to_sparse(), ValueError, "image_features must be .* got .* torch.sparse_coo"),
+        (torch.nested.nested_tensor([torch.zeros(2), torch.zeros(3)]), ValueError, "image_features must be .* nested"),
+        (np.ma.masked_array(np.eye(3)), TypeError, "image_features must be .* got MaskedArray"),
+        (np.eye(3).astype(bool), TypeError, "image_features must be .* bool"),
+        (np.eye(3).astype(object), TypeError, "image_features must be .* object"),
+        (np.eye(3).astype(str), TypeError, "image_features must be .* <U"),
+        (None, TypeError, "image_features must be .* got NoneType"),
+        ("features.npy", TypeError, "image_features must be .* got str"),
     ],
 )
 def test_bad_features(features: object, error: type[Exception], match: str) -> None:
@@ -190,7 +359,7 @@ def test_bad_features(features: object, error: type[Exception], match: str) -> N
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf, 1e39])
 @pytest.mark.parametrize("tensor", [False, True])
 def test_values_that_are_not_finite_are_named(bad: float, tensor: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(clustering, "_CHUNK_BYTES", 4 * 2 * 3)
+    monkeypatch.setattr(features_module, "_CHUNK_BYTES", 4 * 2 * 3)
     features = np.zeros((10, 2))
     features[7, 1] = features[9, 0] = bad
     with pytest.raises(ValueError, match=r"image_features must be finite as float32, got .* in row 7$"):
@@ -206,8 +375,22 @@ def test_values_that_are_not_finite_are_named(bad: float, tensor: bool, monkeypa
         ({"num_clusters": 2, "seed": -1}, "seed must be at least 0, got -1"),
         ({"num_clusters": 2, "sample_per_cluster": 0}, "sample_per_cluster must be at least 1, got 0"),
         ({"num_clusters": 2, "max_iter": 0}, "max_iter must be at least 1, got 0"),
+        ({"num_clusters": True}, "num_clusters must be an int, got True"),
+        ({"num_clusters": 10**30}, "num_clusters must be at most"),
+        ({"num_clusters": "2"}, "num_clusters must be an int, got '2'"),
+        ({"num_clusters": 2, "seed": 2**128}, "seed must be at most"),
+        ({"num_clusters": 2, "seed": 1.0}, "seed must be an int"),
+        ({"num_clusters": 2, "sample_per_cluster": 10**30}, "sample_per_cluster must be at most"),
+        ({"num_clusters": 2, "max_iter": 10**12}, "max_iter must be at most"),
     ],
 )
 def test_bad_options(options: dict, match: str) -> None:
     with pytest.raises((TypeError, ValueError), match=match):
         cluster_features(np.zeros((10, 2)), **options)
+
+
+def test_numpy_numbers_are_numbers() -> None:
+    features, _ = blobs(100, 4)
+    numbers = {"seed": np.uint8(3), "sample_per_cluster": np.int32(20), "max_iter": np.int64(5)}
+    expected = cluster_features(features, 4, **{name: int(number) for name, number in numbers.items()})
+    assert np.array_equal(cluster_features(features, np.int16(4), **numbers), expected)

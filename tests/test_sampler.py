@@ -22,7 +22,11 @@ from torch.utils.data import BatchSampler, DataLoader, SequentialSampler
 
 from hrem_layers import NeighborBatchSampler
 from hrem_layers.sampler.arrays import random_keys, sort_by
-from hrem_layers.sampler.batching import Layout, arrange
+from hrem_layers.sampler.assignment import Assignment
+from hrem_layers.sampler.batching import arrange
+from hrem_layers.sampler.epoch import step_bounds
+from hrem_layers.sampler.layout import Layout
+from hrem_layers.sampler.paths import exchange_along_paths
 
 
 class Case(NamedTuple):
@@ -165,6 +169,75 @@ def test_no_step_holds_an_image_twice_where_that_can_be_avoided(case: Case) -> N
         for step in images:
             doubled = [image for image, times in Counter(step).items() if times > 1]
             assert all(case.each[image] > full for image in doubled)
+
+
+@given(cases())
+@settings(max_examples=120)
+def test_exchanges_along_paths_alone_reach_the_best(case: Case) -> None:
+    """Without trials before them, from any order, dropped captions or not."""
+    layout = Layout.build(np.array(case.each), np.array(case.labels))
+    order = np.random.default_rng(case.seed).permutation(case.captions)
+    bounds = step_bounds(case.captions, case.step, 1, case.drop_last)
+    sizes = np.diff(bounds).tolist()
+    steps = Assignment(order, bounds, layout)
+    images = np.arange(len(case.each))
+    passes = 0
+    while exchange_along_paths(steps, images):
+        passes += 1
+        assert passes < 100
+    assert sorted(order) == list(range(case.captions))
+    assert np.array_equal(order[steps.place], np.arange(case.captions))
+    parts = np.split(layout.image_of(order), bounds[1:])[: len(sizes)]
+    assert sum(len(np.unique(part)) for part in parts) == most_distinct(case.each, sizes)
+
+
+@pytest.mark.parametrize("steps", [2, 3, 5, 9])
+@pytest.mark.parametrize("images", [2, 4, 7])
+@pytest.mark.parametrize("dropped", [0, 1, 3])
+@pytest.mark.parametrize("seed", range(4))
+def test_exchanges_along_paths_where_every_step_must_hold_every_image(
+    steps: int, images: int, dropped: int, seed: int
+) -> None:
+    """As many captions of each image as steps, and a few more of the first one, which can only be dropped."""
+    counts = np.full(images, steps)
+    counts[0] += dropped
+    layout = Layout.build(counts, np.zeros(images, int))
+    order = np.random.default_rng(seed).permutation(layout.captions)
+    assignment = Assignment(order, np.arange(steps + 1) * images, layout)
+    while exchange_along_paths(assignment, np.arange(images)):
+        pass
+    of = layout.image_of(order)
+    assert all(len(set(part)) == images for part in of[: steps * images].reshape(steps, images).tolist())
+    assert (of[steps * images :] == 0).all()
+    assert sorted(order) == list(range(layout.captions))
+
+
+def test_a_chain_of_three_steps() -> None:
+    """Of aab, b and ac only all three together have a better arrangement: a to the second, b to the third, c back."""
+    layout = Layout.build(np.array([3, 2, 1]), np.zeros(3, int))
+    order = np.array([0, 1, 3, 4, 2, 5])
+    assert exchange_along_paths(Assignment(order, np.array([0, 3, 4, 6]), layout), np.arange(3))
+    images = layout.image_of(order)
+    assert [sorted(part.tolist()) for part in np.split(images, [3, 4])] == [[0, 1, 2], [0], [0, 1]]
+
+
+@pytest.mark.parametrize("dropped", [0, 1, 4])
+@pytest.mark.parametrize("seed", range(60))
+def test_exchanges_along_paths_between_steps_of_any_sizes(dropped: int, seed: int) -> None:
+    """Only there are chains long."""
+    random = np.random.default_rng(seed)
+    sizes = random.integers(1, 7, random.integers(2, 9))
+    owner = random.integers(0, random.integers(2, 8), sizes.sum() + dropped)
+    layout = Layout.build(np.bincount(owner), np.zeros(owner.max() + 1, int))
+    order = random.permutation(layout.captions)
+    bounds = np.append(0, np.cumsum(sizes))
+    assignment = Assignment(order, bounds, layout)
+    while exchange_along_paths(assignment, np.arange(len(layout.counts))):
+        pass
+    parts = np.split(layout.image_of(order), bounds[1:])[: len(sizes)]
+    best = most_distinct(layout.counts.tolist(), sizes.tolist())
+    assert sum(len(np.unique(part)) for part in parts) == best
+    assert sorted(order) == list(range(layout.captions))
 
 
 @given(cases())
@@ -540,15 +613,71 @@ def test_a_state_is_refused_where_the_steps_hang_on_the_ranks() -> None:
         ({"batches_done": 49}, r"\['batches_done'\] must be at most 48, got 49"),
         ({"batches_done": -1}, r"\['batches_done'\] must be at least 0, got -1"),
         ({"epoch": -1}, r"\['epoch'\] must be at least 0, got -1"),
+        ({"epoch": 2**63}, r"\['epoch'\] must be at most"),
+        ({"seed": 2**128}, r"\['seed'\] must be at most 340282366920938463463374607431768211455"),
+        ({"seed": 2**128 - 1}, "of another sampler: seed is 0 here, 340282366920938463463374607431768211455 there"),
+        ({}, "must have the keys .*, got none"),
     ],
 )
 def test_a_malformed_state_is_refused_and_changes_nothing(state: object, match: str) -> None:
     sampler = regular()
-    if state in ({"batches_done": 49}, {"batches_done": -1}, {"epoch": -1}):
+    if "the keys" not in match:
         state = {**sampler.state_dict(), **state}
     with pytest.raises(ValueError, match=match):
         sampler.load_state_dict(state)
     assert sampler.state_dict() == regular().state_dict()
+
+
+@pytest.mark.parametrize("key", regular().state_dict())
+@pytest.mark.parametrize(
+    "value",
+    [None, 1.5, "1", -1, 2**130, [1], np.zeros(2), torch.zeros(2), torch.tensor(1), object(), float("nan")],
+    ids=lambda value: type(value).__name__,
+)  # fmt: skip
+def test_a_damaged_state_is_refused_by_its_key_and_changes_nothing(key: str, value: object) -> None:
+    sampler = regular()
+    sampler.load_state_dict({**regular().state_dict(), "epoch": 3, "batches_done": 2})
+    before = sampler.state_dict()
+    with pytest.raises((TypeError, ValueError), match=key):
+        sampler.load_state_dict({**before, key: value})
+    assert sampler.state_dict() == before
+    del before[key]
+    with pytest.raises(ValueError, match="must have the keys"):
+        sampler.load_state_dict(before)
+    with pytest.raises(ValueError, match="must have the keys"):
+        sampler.load_state_dict({**regular().state_dict(), key + "_": 1})
+
+
+@pytest.mark.parametrize("key", ["shuffle", "drop_last"])
+def test_a_state_holds_bools_where_it_should(key: str) -> None:
+    with pytest.raises(TypeError, match=rf"state_dict\['{key}'\] must be True or False, got 1"):
+        regular().load_state_dict({**regular().state_dict(), key: 1})
+    with pytest.raises(TypeError, match=r"state_dict\['seed'\] must be an int, got False"):
+        regular().load_state_dict({**regular().state_dict(), "seed": False})
+
+
+def test_an_iteration_loads_a_state_by_itself() -> None:
+    state = regular(seed=0).state_dict(batches_done=7)
+    sampler = regular()
+    sampler.set_epoch(5)
+    iterator = iter(sampler)
+    iterator.load_state_dict(state)
+    assert sampler.epoch == 0 and iterator.state_dict() == state == sampler.state_dict()
+    assert list(iterator) == list(regular())[7:]
+
+
+def test_ranks_are_in_a_state_only_where_they_matter() -> None:
+    options = {"cluster_ids": [0] * 19, "images_per_cluster": 2, "clusters_per_batch": 2, "num_replicas": 4, "rank": 0}
+    assert NeighborBatchSampler(**options).state_dict()["ranks_sharing_left_over"] == 0
+    assert NeighborBatchSampler(**options, drop_last=False).state_dict()["ranks_sharing_left_over"] == 4
+    assert regular().state_dict()["ranks_sharing_left_over"] == 0
+
+
+def test_all_batches_may_be_done() -> None:
+    sampler = regular()
+    sampler.load_state_dict(regular().state_dict(batches_done=48))
+    assert list(sampler) == []
+    assert len(list(sampler)) == 48
 
 
 def test_batches_done_is_checked() -> None:
@@ -648,6 +777,41 @@ def test_signature() -> None:
         assert str(inspect.Signature(parameters)) == f"({expected})"
 
 
+def test_numpy_numbers_are_numbers() -> None:
+    numbers = {
+        "clusters_per_batch": np.int8(3), "images_per_cluster": np.uint64(5), "captions_per_image": np.int32(3),
+        "seed": np.int64(4), "num_replicas": np.int64(2), "rank": np.uint8(1), "drop_last": np.False_,
+        "shuffle": np.True_, "num_clusters": np.int16(9),
+    }  # fmt: skip
+    plain = {name: value.item() for name, value in numbers.items()}
+    sampler, other = regular(**numbers), regular(**plain)
+    for made in (sampler, other):
+        made.set_epoch(np.int64(2))
+    assert list(sampler) == list(other)
+    assert repr(sampler) == repr(other)
+    assert sampler.state_dict() == other.state_dict()
+    assert {type(value) for value in sampler.state_dict(batches_done=np.int64(1)).values()} == {int, bool}
+    for name in ("batch_size", "seed", "num_clusters", "num_replicas", "rank", "captions_per_image", "epoch"):
+        assert type(getattr(sampler, name)) is int
+
+
+@pytest.mark.parametrize(
+    "made",
+    [list, tuple, np.array, torch.tensor, lambda ids: np.array(ids, ">i2"), lambda ids: np.repeat(ids, 2)[::2],
+     lambda ids: torch.tensor(ids).repeat_interleave(2)[::2], lambda ids: torch.tensor(ids, dtype=torch.uint8)],
+)  # fmt: skip
+def test_labels_and_counts_of_every_kind(made: object) -> None:
+    ids, counts = [image % 12 for image in range(240)], [image % 4 for image in range(240)]
+    expected = list(regular(cluster_ids=ids, captions_per_image=counts))
+    assert list(regular(cluster_ids=made(ids), captions_per_image=made(counts))) == expected
+
+
+def test_labels_may_be_a_range() -> None:
+    options = {"clusters_per_batch": 2, "images_per_cluster": 1}
+    by_range = NeighborBatchSampler(cluster_ids=range(6), **options)
+    assert list(by_range) == list(NeighborBatchSampler(cluster_ids=list(range(6)), **options))
+
+
 @pytest.mark.parametrize(
     ("args", "kwargs"),
     [
@@ -708,6 +872,40 @@ def test_what_frameworks_look_at() -> None:
         ({"rank": 1}, ValueError, "rank=1 needs num_replicas, because torch.distributed is not initialised"),
         ({"num_replicas": 2, "rank": 2}, ValueError, "rank must be below num_replicas=2, got 2"),
         ({"num_replicas": 2, "rank": -1}, ValueError, "rank must be at least 0, got -1"),
+        ({"cluster_ids": ["a"] * 240}, TypeError, "cluster_ids must be .* got <U1"),
+        ({"cluster_ids": [None] * 240}, TypeError, "cluster_ids must be .* got object"),
+        ({"cluster_ids": [0] * 239 + [True]}, TypeError, "cluster_ids must be .* got bool at index 239"),
+        ({"cluster_ids": [0, np.True_] * 120}, TypeError, "cluster_ids must be .* got bool at index 1"),
+        ({"cluster_ids": [-1] * 239 + [2**63]}, ValueError, "cluster_ids must be .* below .* got 9.* at index 239"),
+        ({"cluster_ids": [-(2**63) - 1] * 240}, ValueError, "cluster_ids must be .* below .* at index 0"),
+        ({"cluster_ids": [2**70] * 240}, ValueError, "cluster_ids must be .* below .* at index 0"),
+        ({"cluster_ids": np.ma.arange(240)}, TypeError, "cluster_ids must be .* got MaskedArray"),
+        ({"cluster_ids": {0: 1}}, TypeError, "cluster_ids must be .* got dict"),
+        ({"cluster_ids": iter(range(240))}, TypeError, "cluster_ids must be .* got range_iterator"),
+        ({"cluster_ids": np.array(3)}, ValueError, r"cluster_ids must be .* got shape \(\)"),
+        ({"cluster_ids": np.zeros(240, "M8[s]")}, TypeError, "cluster_ids must be .* got datetime64"),
+        ({"cluster_ids": torch.zeros(240, dtype=torch.bool)}, TypeError, "cluster_ids must be .* got bool"),
+        ({"cluster_ids": torch.arange(240).to_sparse()}, TypeError, "cluster_ids must be .* got shape .*sparse"),
+        ({"cluster_ids": torch.zeros(240, dtype=int, device="meta")}, TypeError, "cluster_ids must be .* meta"),
+        ({"cluster_ids": torch.zeros(240, dtype=torch.complex64)}, TypeError, "cluster_ids must be .*complex64"),
+        ({"num_clusters": True}, TypeError, "num_clusters must be an int, got True"),
+        ({"num_clusters": 1.0}, TypeError, "num_clusters must be an int"),
+        ({"clusters_per_batch": 2**63}, ValueError, "clusters_per_batch must be at most"),
+        ({"clusters_per_batch": np.array([1])}, TypeError, "clusters_per_batch must be an int, got an array"),
+        ({"images_per_cluster": torch.tensor(3)}, TypeError, "images_per_cluster must be an int, got a tensor"),
+        ({"images_per_cluster": "3"}, TypeError, "images_per_cluster must be an int, got '3'"),
+        ({"captions_per_image": np.True_}, TypeError, "captions_per_image must be an int"),
+        ({"captions_per_image": 2**62 // 240 + 1}, ValueError, "captions_per_image must be at most"),
+        ({"captions_per_image": [2**61] * 240}, ValueError, "captions_per_image must count at most"),
+        ({"captions_per_image": [1.0] * 240}, TypeError, "captions_per_image must be .* got float64"),
+        ({"captions_per_image": None}, TypeError, "captions_per_image must be .* got NoneType"),
+        ({"seed": 2**128}, ValueError, "seed must be at most"),
+        ({"seed": 1.0}, TypeError, "seed must be an int"),
+        ({"seed": True}, TypeError, "seed must be an int"),
+        ({"num_replicas": True, "rank": 0}, TypeError, "num_replicas must be an int"),
+        ({"num_replicas": 2, "rank": True}, TypeError, "rank must be an int"),
+        ({"num_replicas": 2, "rank": 1.0}, TypeError, "rank must be an int"),
+        ({"rank": "0"}, TypeError, "rank must be an int, got '0'"),
         (
             {"cluster_ids": [0], "captions_per_image": 3, "drop_last": False, "num_replicas": 4, "rank": 0},
             ValueError, "at least one caption for each of num_replicas=4, got 3",
@@ -729,6 +927,15 @@ def test_too_few_captions_for_a_step_is_said() -> None:
     with pytest.warns(UserWarning, match=r"no batch: its 3 captions do not fill one step of .* = 4, and drop_last"):
         sampler = NeighborBatchSampler(cluster_ids=[0, 0, 0], clusters_per_batch=1, images_per_cluster=4)
     assert len(sampler) == 0 and list(sampler) == []
+
+
+def test_too_few_captions_for_all_ranks_is_said() -> None:
+    options = {"cluster_ids": [0] * 7, "clusters_per_batch": 1, "images_per_cluster": 4, "rank": 0}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        NeighborBatchSampler(**options, num_replicas=1)
+    with pytest.warns(UserWarning, match=r"its 7 captions do not fill one step of .* = 8, and drop_last"):
+        NeighborBatchSampler(**options, num_replicas=2)
 
 
 def test_copies_give_the_same_and_go_their_own_way() -> None:

@@ -63,6 +63,13 @@ def test_features(tmp_path: Path) -> None:
     check(tmp_path, captions=5, clusters=IMAGES // 32)
 
 
+def test_clusters() -> None:
+    names: dict[str, np.ndarray] = {}
+    exec(program("cluster_features(features"), names)
+    assert names["cluster_ids"].shape == (2000,)
+    assert len(set(names["cluster_ids"].tolist())) == 40
+
+
 def test_faiss(tmp_path: Path) -> None:
     pytest.importorskip("faiss", reason="needs faiss-cpu or another build of faiss")
     run(program("import faiss"), tmp_path)

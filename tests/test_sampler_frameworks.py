@@ -211,6 +211,13 @@ def test_accelerate_with_a_sampler_that_would_share_out_too_is_refused(base_fold
     assert by_rank == [[expected(0, num_replicas=2, rank=rank)] for rank in range(2)]
 
 
+@needs_gloo
+def test_accelerate_does_not_share_out_again_what_the_sampler_has(base_folder: Path) -> None:
+    """However it shares out; the processes check the error. Without ``prepare`` the ranks are the sampler's."""
+    by_rank = accelerate("twice", base_folder)
+    assert by_rank == [[expected(0, num_replicas=2, rank=rank)] * 4 for rank in range(2)]
+
+
 # Lightning, which puts a distributed sampler into every loader unless told not to
 
 
@@ -230,3 +237,55 @@ def test_lightning_with_its_distributed_sampler_says_what_to_do(base_folder: Pat
         RuntimeError, match=r"TypeError: NeighborBatchSampler .*Trainer\(use_distributed_sampler=False\)"
     ):
         run("lightning_default", base_folder)
+
+
+def lightning_in_this_process(what: str, batches: object, folder: Path, **options: object) -> Batches:
+    """What one device gets of ``Trainer.fit`` (2 epochs), ``validate``, ``test`` or ``predict``."""
+    lightning = pytest.importorskip("lightning")
+    got: Batches = []
+
+    class Module(lightning.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = torch.nn.Linear(1, 1)
+
+        def training_step(self, batch: torch.Tensor, _: int) -> torch.Tensor:
+            got.append(batch.tolist())
+            return self.layer(batch[:, None].float()).mean()
+
+        def test_step(self, batch: torch.Tensor, _: int) -> None:
+            got.append(batch.tolist())
+
+        predict_step = validation_step = test_step
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.SGD(self.parameters(), lr=0.0)
+
+    trainer = lightning.Trainer(
+        accelerator="cpu", devices=1, max_epochs=2, default_root_dir=folder, logger=False, enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False, **options,
+    )  # fmt: skip
+    getattr(trainer, what)(Module(), loader(batches))
+    return got
+
+
+@pytest.mark.parametrize("use_distributed_sampler", [True, False])
+@pytest.mark.parametrize("what", ["validate", "test", "fit"])
+def test_lightning_on_one_device(what: str, use_distributed_sampler: bool, tmp_path: Path) -> None:
+    got = lightning_in_this_process(what, sampler(), tmp_path, use_distributed_sampler=use_distributed_sampler)
+    assert got == expected(0) + (expected(1) if what == "fit" else [])
+
+
+@pytest.mark.parametrize("use_distributed_sampler", [True, False])
+def test_lightning_predict_says_what_to_do(use_distributed_sampler: bool, tmp_path: Path) -> None:
+    """It rebuilds the batch sampler whatever the option says."""
+    with pytest.raises(TypeError, match=r"Trainer\.predict rebuilds every sampler: give it a DataLoader without"):
+        lightning_in_this_process("predict", sampler(), tmp_path, use_distributed_sampler=use_distributed_sampler)
+
+
+@pytest.mark.parametrize("shuffle", [True, False])
+def test_lightning_overfits_on_the_same_batches_only_without_shuffling(shuffle: bool, tmp_path: Path) -> None:
+    """As the docs say: with it, on the first batches of each epoch."""
+    got = lightning_in_this_process("fit", sampler(shuffle=shuffle), tmp_path, overfit_batches=2)
+    assert got == expected(0, shuffle=shuffle)[:2] + expected(1, shuffle=shuffle)[:2]
+    assert (got[:2] == got[2:]) is not shuffle

@@ -1,20 +1,21 @@
-"""What NeighborBatchSampler is given: features or labels, captions of each image, ranks."""
+"""What NeighborBatchSampler is given: features or labels, captions of each image, a state to go on from."""
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable
-from typing import Any
+import numbers
+from collections.abc import Sequence
 
 import numpy as np
-import torch.distributed as dist
+import numpy.typing as npt
+import torch
 from torch import Tensor
 
-from hrem_layers._core.checks import check_int
+from hrem_layers._core.checks import check_bool, check_int, describe, said
 from hrem_layers.sampler.arrays import Ints
-from hrem_layers.sampler.clustering import check_features
+from hrem_layers.sampler.epoch import State
+from hrem_layers.sampler.features import check_features
 
-Ranks = tuple[int, int]  # number of ranks, this one
+_MOST = 2**62  # captions: so that sums of two numbers of them are int64
 
 
 def check_source(image_features: object, cluster_ids: object) -> int:
@@ -36,28 +37,22 @@ def check_labels(cluster_ids: object) -> Ints:
 
 def check_counts(captions_per_image: object, images: int) -> Ints:
     """Captions of each image: (images,)."""
-    if isinstance(captions_per_image, int):
-        return np.full(images, check_int("captions_per_image", captions_per_image, minimum=1), np.int64)
+    if isinstance(captions_per_image, numbers.Integral | np.bool_):
+        number = check_int("captions_per_image", captions_per_image, minimum=1, maximum=_MOST // images)
+        return np.full(images, number, np.int64)
     counts = _whole_numbers("captions_per_image", captions_per_image)
     if len(counts) != images:
         raise ValueError(f"captions_per_image must be one number or one for each of {images} images, got {len(counts)}")
     if not counts.any():
         raise ValueError("captions_per_image must count at least one caption, got only zeros")
+    if counts.sum(dtype=np.float64) > _MOST:
+        raise ValueError("captions_per_image must count at most 2^62 captions in all, got more")
     return counts
 
 
 def _whole_numbers(name: str, values: object) -> Ints:
     wanted = f"{name} must be a list, array or tensor of shape (images,) of integers of at least 0"
-    if isinstance(values, Tensor):
-        if values.dtype.is_floating_point or values.dtype.is_complex:
-            raise TypeError(f"{wanted}, got {values.dtype}")
-        values = values.detach().cpu().numpy()
-    elif not isinstance(values, (np.ndarray, list, tuple)):
-        raise TypeError(f"{wanted}, got {type(values).__name__}")
-    try:
-        array = np.asarray(values)
-    except ValueError as error:  # lists of different lengths
-        raise ValueError(f"{wanted}, got nested lists") from error
+    array = _as_array(wanted, values)
     if array.ndim != 1 or array.size == 0:
         raise ValueError(f"{wanted}, got shape {array.shape}")
     if array.dtype.kind not in "iu":
@@ -67,54 +62,45 @@ def _whole_numbers(name: str, values: object) -> Ints:
     return array.astype(np.int64)  # a copy, always
 
 
-def check_ranks(num_replicas: object, rank: object) -> Ranks | None:
-    """Ranks as far as they are given; None if they are to come from torch.distributed."""
-    if num_replicas is None and rank is None:
-        return None
-    group = (dist.get_world_size(), dist.get_rank()) if _in_group() else None
-    if num_replicas is None:
-        if group is None:
-            raise ValueError(f"rank={rank} needs num_replicas, because torch.distributed is not initialised")
-        number = group[0]
-    else:
-        number = check_int("num_replicas", num_replicas, minimum=1)
-    if rank is None:
-        if number > 1 and (group is None or group[0] != number):
-            processes = "is not initialised" if group is None else f"has {group[0]} processes"
-            raise ValueError(f"num_replicas={number} needs rank, because torch.distributed {processes}")
-        rank = group[1] if group and number > 1 else 0
-    if check_int("rank", rank, minimum=0) >= number:
-        raise ValueError(f"rank must be below num_replicas={number}, got {rank}")
-    return number, rank  # type: ignore[return-value]
+def _as_array(wanted: str, values: object) -> npt.NDArray[np.generic]:
+    if isinstance(values, Tensor):
+        if values.is_nested or values.layout != torch.strided or values.is_quantized or values.is_meta:
+            raise TypeError(f"{wanted}, got {describe(values)}")
+        if values.dtype.is_floating_point or values.dtype.is_complex:
+            raise TypeError(f"{wanted}, got {values.dtype}")
+        return values.detach().cpu().numpy()
+    if isinstance(values, np.ma.MaskedArray) or not isinstance(values, np.ndarray | list | tuple | range):
+        raise TypeError(f"{wanted}, got {type(values).__name__}")
+    if isinstance(values, list | tuple):
+        _check_elements(wanted, values)
+    try:
+        return np.asarray(values)
+    except ValueError as error:  # lists of different lengths
+        raise ValueError(f"{wanted}, got nested lists") from error
 
 
-def ranks_of_the_group() -> Ranks | None:
-    """From torch.distributed; None if it is not initialised."""
-    if not _in_group():
-        return None
-    accelerate = sys.modules.get("accelerate.state")
-    if dist.get_world_size() > 1 and accelerate is not None and accelerate.is_initialized():
-        raise ValueError(
-            "num_replicas=None is refused while an accelerate.Accelerator exists: its prepare() shares the batches of "
-            "a sampler out among the processes, and so would the sampler. Give num_replicas=1 if the DataLoader goes "
-            "through prepare(), num_replicas and rank if it does not"
-        )
-    return dist.get_world_size(), dist.get_rank()
+def _check_elements(wanted: str, values: Sequence[object]) -> None:
+    """What numpy would turn into another number: True into 1, an int beyond int64 into a float or an object."""
+    for index, value in enumerate(values):
+        if isinstance(value, bool | np.bool_):
+            raise TypeError(f"{wanted}, got bool at index {index}")
+        if isinstance(value, int) and not -(2**63) <= value < 2**63:
+            raise ValueError(f"{wanted} and below 2^63, got {said(value)} at index {index}")
 
 
-def made_by_rank_0(make: Callable[[], Ints]) -> Ints:
-    """Rank 0 makes it, all get it; its error, too, so that nobody waits for ever."""
-    box: list[Any] = [None]
-    if dist.get_rank() == 0:
-        try:
-            box[0] = make()
-        except Exception as error:
-            box[0] = error
-    dist.broadcast_object_list(box, src=0)
-    if isinstance(box[0], Exception):
-        raise box[0]
-    return box[0]  # type: ignore[no-any-return]
-
-
-def _in_group() -> bool:
-    return dist.is_available() and dist.is_initialized()
+def check_state(state: object, mine: State, steps: int) -> tuple[int, int]:
+    """Epoch and batches done, of a state that fits a sampler with the state ``mine`` and so many batches per epoch."""
+    if not isinstance(state, dict) or state.keys() != mine.keys():
+        got = ", ".join(map(str, list(state)[:20])) if isinstance(state, dict) else type(state).__name__
+        raise ValueError(f"state_dict must have the keys {', '.join(mine)}, got {got or 'none'}")
+    for key, own in mine.items():
+        name, value = f"state_dict[{key!r}]", state[key]
+        if isinstance(own, bool):
+            check_bool(name, value)
+        else:
+            check_int(name, value, minimum=0, maximum=2**128 - 1)
+        if key not in ("epoch", "batches_done") and value != own:
+            raise ValueError(f"state_dict is of another sampler: {key} is {own} here, {value} there")
+    epoch = check_int("state_dict['epoch']", state["epoch"], minimum=0)
+    done = check_int("state_dict['batches_done']", state["batches_done"], minimum=0, maximum=steps)
+    return epoch, done

@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 Ints = npt.NDArray[np.int64]
+Bools = npt.NDArray[np.bool_]
 Keys = npt.NDArray[np.uint64]
 Draw = Callable[[int], Keys]
 
@@ -56,7 +57,7 @@ def ragged(starts: Ints, sizes: Ints) -> Ints:
     return np.repeat(starts - (np.cumsum(sizes) - sizes), sizes) + np.arange(int(sizes.sum()))
 
 
-def run_starts(*keys: Ints) -> npt.NDArray[np.bool_]:
+def run_starts(*keys: Ints) -> Bools:
     """True where a run of equal keys begins."""
     new = np.ones(len(keys[0]), bool)
     if len(new):

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import warnings
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
-from torch import Tensor
 
 from hrem_layers._core.checks import check_int
-from hrem_layers.sampler.arrays import random_keys, sort_by
-
-Features = npt.NDArray[np.floating[Any]] | Tensor
+from hrem_layers.sampler.arrays import Keys, random_keys, sort_by
+from hrem_layers.sampler.features import CentredFeatures, Features, Floats, check_features
 
 _SAMPLE_BYTES = 2**28
-_CHUNK_BYTES = 2**25
-_INIT_PER_CLUSTER = 20
+# The start is chosen from so many means of rows: 3 per cluster and 100 more, each of 5 rows or so.
+_MEANS_PER_CLUSTER, _MORE_MEANS, _ROWS_PER_MEAN = 3, 100, 5
+_ITERATIONS_TO_MEANS, _ITERATIONS_ON_MEANS = 2, 5
+_ROUNDING = 1e3  # how many times the rounding of float32 a mean squared distance must be
 
 
 def cluster_features(
@@ -26,16 +25,30 @@ def cluster_features(
     *,
     seed: int = 0,
     sample_per_cluster: int = 256,
-    max_iter: int = 50,
+    max_iter: int = 10,
 ) -> npt.NDArray[np.int64]:
     """k-means labels of image features, shape (images,), values in ``[0, num_clusters)``.
 
-    The centres are fitted by ``sklearn.cluster.KMeans`` (k-means++ start, Lloyd's iterations) on a random sample of
-    at most ``sample_per_cluster`` rows a cluster, and of no more than 256 MiB as float32 or a quarter of the rows,
-    whichever is more; then every row gets the label of its nearest centre, 32 MiB at a time. So the features may be a
-    memory-mapped file larger than the memory; they are read twice (once to look for NaN) and, unless they are smaller
-    than the sample may be, never copied whole. Distances are Euclidean, on the features as they are: for cosine
-    neighbourhoods give L2-normalised ones. A cluster may end up without images.
+    The centres are fitted by ``sklearn.cluster.KMeans`` on a random sample of at most ``sample_per_cluster`` rows per
+    cluster, and of no more than 256 MiB as float32 or a quarter of the rows, whichever is more; then every row gets the
+    label of its nearest centre, 32 MiB at a time. So the features may be a memory-mapped file larger than the memory;
+    they are read three times (once to look for NaN and for their mean) and, unless they are smaller than the sample may
+    be, never copied whole. Distances are Euclidean: for cosine neighbourhoods give L2-normalised features. A cluster
+    may end up without images.
+
+    *The start.* k-means++ on the rows themselves is slow and takes outliers for clusters. Here some three times as many
+    centres as are wanted are drawn from the rows and moved by a few of Lloyd's iterations, to means of a few rows each;
+    weighted k-means++ and k-means on these choose the start, from which Lloyd's iterations go on with all rows of the
+    sample.
+
+    *Precision.* The mean is taken away and a power of two brings the largest value near 1, in float64 and once for all
+    steps, so that neither a common offset nor the scale matters; the rest is done in float32. Where the mean squared
+    distance of a row to its centre is so small against the rows' norm that float32 would blur it (one feature far
+    larger than the others, or clusters far smaller than their distances), it is done again in float64, in
+    twice the memory.
+
+    *Duplicates.* Equal rows get equal labels. With no more different rows in the sample than ``num_clusters``, each of
+    them is a cluster; the others are empty.
 
     The fit runs on one thread, because the order in which threads add up is left to chance: the same features and
     seed give the same labels again on the same machine. Other processors may round differently; where ranks must
@@ -44,78 +57,105 @@ def cluster_features(
     Args:
         image_features: floating-point numpy array (``np.memmap`` too) or CPU tensor of shape (images, dimensions).
         num_clusters: 1 .. images.
-        seed: at least 0.
-        sample_per_cluster: rows a cluster to fit on, at least 1.
+        seed: at least 0, below 2^128.
+        sample_per_cluster: rows per cluster to fit on, at least 1.
         max_iter: most iterations of Lloyd's algorithm, at least 1; it ends earlier when the centres stand still.
 
     Raises:
         TypeError, ValueError: for anything else, and for features that are NaN or infinite as float32.
+
+    Warns:
+        UserWarning: if the sample has fewer different rows than ``num_clusters``.
+
+    Example:
+        >>> import numpy as np
+        >>> from hrem_layers.sampler.clustering import cluster_features
+        >>> features = np.array([[0.0, 1.0], [9.0, 9.0], [0.1, 1.0], [9.0, 9.1]])
+        >>> labels = cluster_features(features, num_clusters=2)
+        >>> bool(labels[0] == labels[2]), bool(labels[1] == labels[3]), bool(labels[0] == labels[1])
+        (True, True, False)
     """
     images, dimensions = check_features(image_features)
-    check_int("num_clusters", num_clusters, minimum=1)
-    check_int("seed", seed, minimum=0)
-    check_int("sample_per_cluster", sample_per_cluster, minimum=1)
-    check_int("max_iter", max_iter, minimum=1)
-    if num_clusters > images:
-        raise ValueError(f"num_clusters must be at most the number of images, {images}, got {num_clusters}")
-    for start, chunk in _chunks(image_features):
-        bad = np.flatnonzero(~np.isfinite(chunk).all(axis=1))
-        if len(bad):
-            raise ValueError(
-                f"image_features must be finite as float32, got NaN, inf or too large a value in row {start + bad[0]}"
-            )
+    number = check_num_clusters(num_clusters, images)
+    draw = random_keys(check_seed(seed), 0)
+    per_cluster = check_int("sample_per_cluster", sample_per_cluster, minimum=1)
+    iterations = check_int("max_iter", max_iter, minimum=1, maximum=2**31 - 1)
+    features = CentredFeatures.of(image_features)
 
-    from sklearn.cluster import KMeans, kmeans_plusplus
-    from threadpoolctl import threadpool_limits
+    from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
-    draw = random_keys(seed, 0)
-    most = max(_SAMPLE_BYTES // (4 * dimensions), images // 4, num_clusters)
-    chosen = sort_by([], draw(images))[: min(sample_per_cluster * num_clusters, most)]
-    sample = _rows(image_features, np.sort(chosen))
-    for_init = sort_by([], draw(len(sample)))[: _INIT_PER_CLUSTER * num_clusters]
-    state = int(draw(1)[0] >> np.uint64(32))
+    most = max(_SAMPLE_BYTES // (4 * dimensions), images // 4, number)
+    chosen = np.sort(sort_by([], draw(images))[: min(per_cluster * number, most)])
+    keys = draw(len(chosen) + 1)
     with threadpool_limits(limits=1):
-        centres, _ = kmeans_plusplus(sample[for_init], num_clusters, random_state=state)
-        means = KMeans(num_clusters, init=centres, n_init=1, max_iter=max_iter, copy_x=False, random_state=state)
-        means.fit(sample)
-    del sample
+        means = _fit(features.rows(chosen, np.float32), number, iterations, keys)
+        if means is None:
+            means = _fit(features.rows(chosen, np.float64), number, iterations, keys)
+    if len(chosen) == images:
+        return means.labels_.astype(np.int64)  # type: ignore[no-any-return]
     labels = np.empty(images, np.int64)
-    for start, chunk in _chunks(image_features):
-        labels[start : start + len(chunk)] = means.predict(chunk)
+    for rows, chunk in features.chunks(means.cluster_centers_.dtype.type):
+        labels[rows] = means.predict(chunk)
     return labels
 
 
-def check_features(image_features: object) -> tuple[int, int]:
-    """Images and dimensions of features that :func:`cluster_features` takes."""
-    wanted = "image_features must be a floating-point numpy array or CPU tensor of shape (images, dimensions)"
-    if isinstance(image_features, Tensor):
-        said = f"shape {tuple(image_features.shape)}, {image_features.dtype}, {image_features.device}"
-        floating = image_features.dtype.is_floating_point
-        if image_features.device.type != "cpu" or image_features.layout != torch.strided:
-            raise ValueError(f"{wanted}, got {said}, {image_features.layout}")
-    elif isinstance(image_features, np.ndarray):
-        said = f"shape {image_features.shape}, {image_features.dtype}"
-        floating = image_features.dtype.kind == "f"
-    else:
-        raise TypeError(f"{wanted}, got {type(image_features).__name__}")
-    if not floating:
-        raise TypeError(f"{wanted}, got {said}")
-    if image_features.ndim != 2 or 0 in image_features.shape:
-        raise ValueError(f"{wanted}, neither of them 0, got {said}")
-    images, dimensions = image_features.shape
-    return int(images), int(dimensions)
+def check_seed(seed: object) -> int:
+    """An int in [0, 2^128): what numpy's SeedSequence tells apart."""
+    return check_int("seed", seed, minimum=0, maximum=2**128 - 1)
 
 
-def _chunks(features: Features) -> Iterator[tuple[int, npt.NDArray[np.float32]]]:
-    images, dimensions = features.shape
-    rows = max(_CHUNK_BYTES // (4 * dimensions), 1)
-    for start in range(0, images, rows):
-        yield start, _rows(features, slice(start, start + rows))
+def check_num_clusters(num_clusters: object, images: int) -> int:
+    number = check_int("num_clusters", num_clusters, minimum=1)
+    if number > images:
+        raise ValueError(f"num_clusters must be at most the number of images, {images}, got {number}")
+    return number
 
 
-def _rows(features: Features, which: slice | npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
-    if isinstance(features, Tensor):
-        taken = features.detach()[which if isinstance(which, slice) else torch.from_numpy(which)]
-        return np.ascontiguousarray(taken.to(torch.float32).numpy())
-    with np.errstate(over="ignore"):  # what becomes infinite is reported by row
-        return np.ascontiguousarray(features[which], dtype=np.float32)
+def _fit(rows: Floats, number: int, iterations: int, keys: Keys) -> Any:
+    """A fitted ``sklearn.cluster.KMeans``; None if the rows are float32 and should be float64.
+
+    ``keys`` are one random number for each row and one more. The rows may change by their rounding.
+    """
+    start = _start(rows, number, keys)
+    norms = float(np.vdot(rows, rows))
+    means = _k_means(rows, start, iterations)
+    if rows.dtype == np.float32 and means.inertia_ <= _ROUNDING * np.finfo(np.float32).eps * norms:
+        return None
+    if len(np.unique(means.labels_)) == number:
+        return means
+    different = np.unique(rows, axis=0)
+    if len(different) > number:
+        return means
+    if len(different) < number:
+        warnings.warn(
+            f"image_features has {len(different)} different rows (of those looked at) and num_clusters is {number}: "
+            f"{number - len(different)} clusters stay empty",
+            stacklevel=3,
+        )
+    return _k_means(rows, different, 1)
+
+
+def _start(rows: Floats, number: int, keys: Keys) -> Floats:
+    """``number`` rows or means of rows to begin from."""
+    from sklearn.cluster import kmeans_plusplus  # type: ignore[import-untyped]
+
+    weights = None
+    number_of_means = _MEANS_PER_CLUSTER * number + _MORE_MEANS
+    if len(rows) > number_of_means:
+        some = rows[sort_by([], keys[:-1])[: _ROWS_PER_MEAN * number_of_means]]
+        over = _k_means(some, some[:number_of_means], _ITERATIONS_TO_MEANS)
+        rows, weights = over.cluster_centers_, np.bincount(over.labels_, minlength=number_of_means).astype(rows.dtype)
+    state = int(keys[-1] >> np.uint64(32))
+    chosen, _ = kmeans_plusplus(rows, number, sample_weight=weights, random_state=state)
+    return _k_means(rows.copy(), chosen, _ITERATIONS_ON_MEANS, weights).cluster_centers_  # type: ignore[no-any-return]
+
+
+def _k_means(rows: Floats, start: Floats, iterations: int, weights: Floats | None = None) -> Any:
+    """``sklearn.cluster.KMeans``, fitted on one thread."""
+    from sklearn.cluster import KMeans
+    from sklearn.exceptions import ConvergenceWarning  # type: ignore[import-untyped]
+
+    means = KMeans(len(start), init=start, n_init=1, max_iter=iterations, copy_x=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)  # of equal rows
+        return means.fit(rows, sample_weight=weights)

@@ -1,8 +1,9 @@
-"""Batches of neighbourhoods: P clusters with K images each, one caption an image."""
+"""Batches of neighbourhoods: P clusters with K images each, one caption per image."""
 
 from __future__ import annotations
 
 import functools
+import numbers
 import warnings
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -14,18 +15,19 @@ from torch import Tensor
 from torch.utils.data import Sampler
 
 from hrem_layers._core.checks import check_bool, check_int
-from hrem_layers.sampler.arguments import (
-    check_counts,
-    check_labels,
+from hrem_layers.sampler.arguments import check_counts, check_labels, check_source, check_state
+from hrem_layers.sampler.arrays import Ints
+from hrem_layers.sampler.clustering import check_num_clusters, check_seed, cluster_features
+from hrem_layers.sampler.epoch import Epoch, EpochBatches, State, step_count
+from hrem_layers.sampler.features import Features
+from hrem_layers.sampler.iteration import EpochSetter, Iteration, Position
+from hrem_layers.sampler.layout import Layout
+from hrem_layers.sampler.processes import (
     check_ranks,
-    check_source,
     made_by_rank_0,
     ranks_of_the_group,
+    refuse_to_be_shared_out_twice,
 )
-from hrem_layers.sampler.arrays import Ints
-from hrem_layers.sampler.batching import Layout, rank_bounds, step_count
-from hrem_layers.sampler.clustering import Features, cluster_features
-from hrem_layers.sampler.epoch import Epoch
 
 _Init = TypeVar("_Init", bound=Callable[..., None])
 _IMAGES_PER_CLUSTER = 4  # times images_per_cluster: the average size of a cluster by default
@@ -42,7 +44,8 @@ def _not_rebuilt_by_a_framework(init: _Init) -> _Init:
                 "BatchSampler(sampler, batch_size, drop_last), as frameworks do to put a distributed sampler into it. "
                 "It shares its batches out among the ranks by itself: in Lightning set "
                 "Trainer(use_distributed_sampler=False), in Fabric setup_dataloaders(..., "
-                "use_distributed_sampler=False)"
+                "use_distributed_sampler=False). Lightning's Trainer.predict rebuilds every sampler: give it a "
+                "DataLoader without this one, which is for training"
             )
         init(self, *args, **kwargs)
 
@@ -50,7 +53,7 @@ def _not_rebuilt_by_a_framework(init: _Init) -> _Init:
 
 
 class NeighborBatchSampler(Sampler[list[int]]):
-    """Batches of ``clusters_per_batch`` clusters with ``images_per_cluster`` images each, one caption an image.
+    """Batches of ``clusters_per_batch`` clusters with ``images_per_cluster`` images each, one caption per image.
 
     For ``DataLoader(dataset, batch_sampler=...)``. Yields lists of caption indices: caption j of image i is
     ``i * captions_per_image + j``, or ``captions_per_image[0] + ... + captions_per_image[i - 1] + j`` if the images
@@ -91,8 +94,11 @@ class NeighborBatchSampler(Sampler[list[int]]):
     ahead; then tell the number of batches trained on: ``state_dict(batches_done=...)``.
 
     **Frameworks.** Lightning: ``Trainer(use_distributed_sampler=False)``; with True, its default, there is an error
-    that says so. accelerate: ``prepare`` shares batches out by itself, so give ``num_replicas=1`` (None is refused in a
-    group with an ``Accelerator``, so that nothing is shared out twice); its ``even_batches=True``, the default, repeats
+    that says so on several devices. ``Trainer.predict`` rebuilds every batch sampler, whatever that option says, and
+    gets the same error: predict with a plain DataLoader. ``overfit_batches`` takes the first batches of every epoch,
+    which are others each time unless ``shuffle=False``. accelerate: ``prepare`` shares batches out by itself, so give
+    ``num_replicas=1``. So that nothing is shared out twice, None is refused in a group with an ``Accelerator``, and
+    iterating a prepared DataLoader with more than one replica is; its ``even_batches=True``, the default, repeats
     captions of the epoch's beginning if ``drop_last=False``, so use ``drop_last=True`` or ``even_batches=False``; only
     with ``split_batches=True`` are images distinct over the ranks, too.
 
@@ -100,13 +106,13 @@ class NeighborBatchSampler(Sampler[list[int]]):
         image_features: (images, dimensions), floating point: numpy array, ``np.memmap`` or CPU tensor. Not kept, and
             never copied whole. Either these or ``cluster_ids``.
         cluster_ids: (images,), integers of at least 0, with gaps if need be: list, numpy array or tensor.
-        num_clusters: for k-means, 1 .. images. None: one for every ``4 * images_per_cluster`` images.
+        num_clusters: for k-means, 1 .. images. None: one per ``4 * images_per_cluster`` images.
         clusters_per_batch: P, at least 1.
         images_per_cluster: K, at least 1.
-        captions_per_image: at least 1; or a count for every image, which may be 0 (such an image never comes).
+        captions_per_image: at least 1; or a count per image, which may be 0 (such an image never comes).
         drop_last: leave out the captions that do not fill a step.
         shuffle: False: the same order in every epoch.
-        seed: at least 0; also of k-means.
+        seed: at least 0, below 2^128; also of k-means.
         num_replicas: processes that share the epoch out. None: from ``torch.distributed``, at the latest when first
             asked, 1 if it is not initialised. If it is when the sampler is made, rank 0 clusters and sends the labels
             to the others, so all ranks must make it (and call ``refresh``) together; with ``num_replicas`` given,
@@ -119,6 +125,14 @@ class NeighborBatchSampler(Sampler[list[int]]):
 
     Warns:
         UserWarning: if ``drop_last=True`` and the captions do not fill one step, so that ``len`` is 0.
+
+    Example:
+        >>> from hrem_layers import NeighborBatchSampler
+        >>> sampler = NeighborBatchSampler(
+        ...     cluster_ids=[0, 0, 0, 1, 1, 1], clusters_per_batch=2, images_per_cluster=3, shuffle=False
+        ... )
+        >>> list(sampler)
+        [[0, 1, 2, 3, 4, 5]]
     """
 
     @_not_rebuilt_by_a_framework
@@ -140,31 +154,32 @@ class NeighborBatchSampler(Sampler[list[int]]):
         images = check_source(image_features, cluster_ids)
         self.clusters_per_batch = check_int("clusters_per_batch", clusters_per_batch, minimum=1)
         self.images_per_cluster = check_int("images_per_cluster", images_per_cluster, minimum=1)
-        self.batch_size = clusters_per_batch * images_per_cluster
+        self.batch_size = self.clusters_per_batch * self.images_per_cluster
         self.drop_last = check_bool("drop_last", drop_last)
         self.shuffle = check_bool("shuffle", shuffle)
-        self.seed = check_int("seed", seed, minimum=0)
-        self.num_clusters = num_clusters
-        if num_clusters is not None and check_int("num_clusters", num_clusters, minimum=1) > images:
-            raise ValueError(f"num_clusters must be at most the number of images, {images}, got {num_clusters}")
+        self.seed = check_seed(seed)
+        self.num_clusters = None if num_clusters is None else check_num_clusters(num_clusters, images)
         self._counts = check_counts(captions_per_image, images)
-        self.captions_per_image = captions_per_image if isinstance(captions_per_image, int) else self._counts
+        one_number = isinstance(captions_per_image, numbers.Integral)
+        self.captions_per_image = int(self._counts[0]) if one_number else self._counts
         self._captions = int(self._counts.sum())
         self._given_ranks = check_ranks(num_replicas, rank)
         self._ranks = self._given_ranks or ranks_of_the_group()
         self._check_enough(self._replicas()[0])
 
-        self.epoch = 0
-        self._resume_at = 0
-        self._epoch_before = 0  # before the last load_state_dict
-        self._latest: _EpochBatches | None = None
-        self._order: tuple[Epoch, Ints, Ints] | None = None
+        self._position = Position()
+        self._batches: EpochBatches | None = None  # of the latest epoch, for the next iteration of it
         self._set_clusters(image_features, cluster_ids)
 
     @property
-    def sampler(self) -> _EpochSetter:
+    def epoch(self) -> int:
+        """Of the next iteration."""
+        return self._position.epoch
+
+    @property
+    def sampler(self) -> EpochSetter:
         """Has ``set_epoch``, for frameworks that look for it here."""
-        return _EpochSetter(self)
+        return EpochSetter(self.set_epoch)
 
     @property
     def num_replicas(self) -> int:
@@ -196,15 +211,16 @@ class NeighborBatchSampler(Sampler[list[int]]):
         return step_count(self._captions, ranks * self.batch_size, ranks, self.drop_last)
 
     def __iter__(self) -> Iterator[list[int]]:
-        return _EpochBatches(self)
+        if self._ranks is not None:
+            refuse_to_be_shared_out_twice(self._ranks[0])
+        return Iteration(self._position, self._next_epoch, self.load_state_dict)
 
     def set_epoch(self, epoch: int) -> None:
         """Which epoch the next iteration is of, at least 0; from its first batch on, unless a loaded state says
         otherwise of this very epoch. Iterations that have begun go on as they were."""
-        if check_int("epoch", epoch, minimum=0) != self.epoch:
-            self.epoch, self._resume_at = epoch, 0
+        self._position.set_epoch(check_int("epoch", epoch, minimum=0))
 
-    def state_dict(self, *, batches_done: int | None = None) -> dict[str, int | bool]:
+    def state_dict(self, *, batches_done: int | None = None) -> State:
         """Where in the epoch the sampler is, and what that depends on; ints and bools.
 
         Args:
@@ -213,35 +229,23 @@ class NeighborBatchSampler(Sampler[list[int]]):
                 of those trained on.
         """
         if batches_done is None:
-            latest = self._latest
+            latest = self._position.latest
             if latest is not None and latest.epoch == self._epoch():
                 return latest.state_dict()
-            batches_done = self._resume_at
-        elif check_int("batches_done", batches_done, minimum=0) > len(self):
-            raise ValueError(f"batches_done must be at most the batches of an epoch, {len(self)}, got {batches_done}")
-        return self._epoch().state(batches_done)
+            return self._epoch().state(self._position.resume_at)
+        number = check_int("batches_done", batches_done, minimum=0)
+        if number > len(self):
+            raise ValueError(f"batches_done must be at most the batches of an epoch, {len(self)}, got {number}")
+        return self._epoch().state(number)
 
-    def load_state_dict(self, state: dict[str, int | bool]) -> None:
+    def load_state_dict(self, state: State) -> None:
         """Set the epoch, and let the next iteration begin behind the batches done (with none, if all were).
 
         Raises:
-            ValueError: if the state is of other captions, clusters or options. The number of ranks may differ if
-                ``num_replicas * clusters_per_batch`` does not.
+            TypeError, ValueError: if the state is of other captions, clusters or options, or no such state; nothing is
+                changed then. The number of ranks may differ if ``num_replicas * clusters_per_batch`` does not.
         """
-        mine = self._epoch().state(0)
-        if not isinstance(state, dict) or state.keys() != mine.keys():
-            raise ValueError(
-                f"state_dict must have the keys {', '.join(mine)}, got "
-                f"{', '.join(map(str, state)) if isinstance(state, dict) else type(state).__name__}"
-            )
-        epoch, done = (check_int(f"state_dict[{key!r}]", state[key], minimum=0) for key in ("epoch", "batches_done"))
-        for key in mine:
-            if key not in ("epoch", "batches_done") and state[key] != mine[key]:
-                raise ValueError(f"state_dict is of another sampler: {key} is {mine[key]} here, {state[key]} there")
-        if done > len(self):
-            raise ValueError(f"state_dict['batches_done'] must be at most {len(self)}, got {done}")
-        self._epoch_before = self.epoch
-        self.epoch, self._resume_at, self._latest = epoch, done, None
+        self._position.load(*check_state(state, self._epoch().state(0), len(self)))
 
     def refresh(
         self,
@@ -261,9 +265,10 @@ class NeighborBatchSampler(Sampler[list[int]]):
         images = check_source(image_features, cluster_ids)
         if images != len(self._counts):
             raise ValueError(f"refresh needs features or labels of all {len(self._counts)} images, got {images}")
-        if self._resume_at:
+        if self._position.resume_at:
             raise ValueError(
-                f"refresh in mid-epoch: load_state_dict set batch {self._resume_at} of epoch {self.epoch} to go on from"
+                f"refresh in mid-epoch: load_state_dict set batch {self._position.resume_at} of epoch {self.epoch} "
+                "to go on from"
             )
         self._set_clusters(image_features, cluster_ids)
 
@@ -289,18 +294,20 @@ class NeighborBatchSampler(Sampler[list[int]]):
         options = (self.seed, self.shuffle, self.drop_last, self.images_per_cluster, self.clusters_per_batch)
         return Epoch(self.epoch, *options, self.num_replicas, self._captions, self._checksum)
 
-    def _arranged(self, epoch: Epoch, layout: Layout) -> tuple[Ints, Ints]:
-        """Order and step bounds of an epoch; the last ones are kept for the next iteration of it."""
-        if self._order is None or self._order[0] != epoch:
-            self._order = None  # let go of the memory first
-            self._order = epoch, *epoch.arrange(layout)
-        return self._order[1:]
+    def _next_epoch(self) -> tuple[EpochBatches, int]:
+        """The batches of the next iteration's epoch, the same as before if it is the same, and the rank."""
+        if self._ranks is None and self.num_replicas > 1:  # which was not known when the sampler was made
+            self._check_enough(self.num_replicas)
+        epoch = self._epoch()
+        if self._batches is None or self._batches.epoch != epoch:
+            self._batches = EpochBatches(epoch, self._layout)
+        return self._batches, self.rank
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_order": None, "_latest": None}
+        return {**self.__dict__, "_batches": None, "_position": self._position.copy()}
 
     def __repr__(self) -> str:
-        counts = self.captions_per_image
+        counts: object = self.captions_per_image
         if not isinstance(counts, int):
             counts = f"<{self._captions} captions of {len(self._counts)} images>"
         return (
@@ -309,66 +316,3 @@ class NeighborBatchSampler(Sampler[list[int]]):
             f"images_per_cluster={self.images_per_cluster}, captions_per_image={counts}, drop_last={self.drop_last}, "
             f"shuffle={self.shuffle}, seed={self.seed}, num_replicas={self.num_replicas}, rank={self.rank})"
         )
-
-
-class _EpochBatches(Iterator[list[int]]):
-    """One pass over an epoch, with a state of its own, as StatefulDataLoader wants it.
-
-    What to iterate over is looked up with the first batch, not before: a DataLoader with workers makes two iterators
-    and uses one of them.
-    """
-
-    def __init__(self, sampler: NeighborBatchSampler) -> None:
-        self._sampler = sampler
-        self._begun: tuple[Epoch, Layout, int] | None = None
-        self._arranged: tuple[Ints, Ints] | None = None
-        self._done = 0
-
-    @property
-    def epoch(self) -> Epoch:
-        return self._begun[0] if self._begun else self._sampler._epoch()
-
-    def _begin(self) -> tuple[Epoch, Layout, int]:
-        sampler = self._sampler
-        if self._begun is None:
-            if sampler._ranks is None and sampler.num_replicas > 1:  # which was not known when the sampler was made
-                sampler._check_enough(sampler.num_replicas)
-            self._begun = sampler._epoch(), sampler._layout, sampler.rank
-            self._done, sampler._resume_at = sampler._resume_at, 0
-            sampler._latest = self
-        return self._begun
-
-    def __next__(self) -> list[int]:
-        epoch, layout, rank = self._begin()
-        if self._done >= epoch.steps:
-            self._arranged = None
-            raise StopIteration
-        if self._arranged is None:
-            self._arranged = self._sampler._arranged(epoch, layout)
-        order, bounds = self._arranged
-        low, high = rank_bounds(bounds, self._done, epoch.num_replicas, rank)
-        self._done += 1
-        return order[low:high].tolist()  # type: ignore[no-any-return]
-
-    def state_dict(self) -> dict[str, int | bool]:
-        return self.epoch.state(self._done if self._begun else self._sampler._resume_at)
-
-    def load_state_dict(self, state: dict[str, int | bool]) -> None:
-        # StatefulDataLoader loads when iteration starts, the sampler's own state first. After an epoch's end it then
-        # starts another iteration: of the epoch that the training loop had set meanwhile, if that is a later one.
-        set_meanwhile = self._sampler._epoch_before
-        self._sampler.load_state_dict(state)
-        self._begun = self._arranged = None
-        epoch = self._begin()[0]
-        if self._done == epoch.steps and set_meanwhile > epoch.epoch:
-            self._sampler.set_epoch(set_meanwhile)
-
-
-class _EpochSetter:
-    """``batch_sampler.sampler``, the only place where Lightning and accelerate look for ``set_epoch``."""
-
-    def __init__(self, batches: NeighborBatchSampler) -> None:
-        self._batches = batches
-
-    def set_epoch(self, epoch: int) -> None:
-        self._batches.set_epoch(epoch)
