@@ -3,6 +3,8 @@
 import zlib
 from pathlib import Path
 
+from sphinx.ext.intersphinx import missing_reference
+
 from hrem_layers import __version__
 
 project = "hrem-layers"
@@ -52,7 +54,11 @@ ELSEWHERE = {
     ),
     "numpy": (
         "https://numpy.org/doc/stable",
-        {"numpy.ndarray": "reference/generated/numpy.ndarray.html"},
+        {
+            "numpy.ndarray": "reference/generated/numpy.ndarray.html",
+            "numpy.dtype": "reference/generated/numpy.dtype.html",
+            "numpy.int64": "reference/arrays.scalars.html",
+        },
     ),
     "python": (
         "https://docs.python.org/3",
@@ -85,3 +91,32 @@ def _inventory(name: str, pages: dict[str, str]) -> str:
 
 
 intersphinx_mapping = {name: (url, _inventory(name, pages)) for name, (url, pages) in ELSEWHERE.items()}
+
+# As they stand in annotations that Sphinx could not look up
+SHORT = {"Tensor": "torch.Tensor", "nn.Module": "torch.nn.Module", "npt.NDArray": "numpy.ndarray"}
+
+
+def _resolve_short_name(app, env, node, contnode):
+    if node.get("reftarget") not in SHORT:
+        return None
+    node["reftarget"] = SHORT[node["reftarget"]]
+    return missing_reference(app, env, node, contnode)
+
+
+COLON = "\ue000"  # of the private use area: in no docstring
+
+
+def _hide_colons(app, what, name, obj, options, lines) -> None:
+    """Napoleon takes what stands before a colon for a type: "L(v, u): ..." would lose its first words."""
+    if what in ("attribute", "data", "property"):
+        lines[:] = [line.replace(":", COLON) for line in lines]
+
+
+def _show_colons(app, what, name, obj, options, lines) -> None:
+    lines[:] = [line.replace(COLON, ":") for line in lines]
+
+
+def setup(app) -> None:
+    app.connect("missing-reference", _resolve_short_name)
+    app.connect("autodoc-process-docstring", _hide_colons, priority=1)
+    app.connect("autodoc-process-docstring", _show_colons, priority=999)
