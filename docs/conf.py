@@ -57,6 +57,7 @@ ELSEWHERE = {
         {
             "numpy.ndarray": "reference/generated/numpy.ndarray.html",
             "numpy.dtype": "reference/generated/numpy.dtype.html",
+            "numpy.floating": "reference/arrays.scalars.html",
             "numpy.int64": "reference/arrays.scalars.html",
         },
     ),
