@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from hypothesis import settings
@@ -18,6 +20,19 @@ torch.set_num_threads(1)
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _uninitialized_is_nan() -> Iterator[None]:
+    """``torch.empty`` gives NaN (integers: their maximum) instead of what the memory held, so that a place which is
+    read before it is written shows. PyTorch fills only in deterministic mode; what that says of operators without a
+    deterministic form is none of this fixture's business and ignored in pyproject.toml."""
+    fill, mode = torch.utils.deterministic.fill_uninitialized_memory, torch.get_deterministic_debug_mode()
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.set_deterministic_debug_mode(mode)
+    torch.utils.deterministic.fill_uninitialized_memory = fill
 
 
 @pytest.fixture

@@ -29,7 +29,7 @@ class Encoder(nn.Module):
 
 
 def python_blocks(readme: Path) -> list[str]:
-    return re.findall(r"```python\n(.*?)```", readme.read_text(encoding="utf-8"), flags=re.S)
+    return re.findall(r"```python\n(.*?)```", readme.read_text(encoding="utf-8"), flags=re.DOTALL)
 
 
 def run(readme: Path) -> list[float]:

@@ -13,11 +13,12 @@ HEAVY = {
     "accelerate", "hypothesis", "joblib", "lightning", "matplotlib", "pandas", "pytest", "pytorch_lightning",
     "safetensors", "scipy", "sklearn", "tensorboard", "tokenizers", "torchdata", "transformers", "triton",
 }  # fmt: skip
-LIMIT = 0.3  # seconds beyond import torch
+# Time is not measured: on a busy machine it says nothing. What would take time is loading modules.
+MOST_MODULES = 100  # beyond those of torch, NumPy and einops, our own among them
 
 SCRIPT = """
-import json, logging, random, sys, time, warnings
-import torch
+import json, logging, random, sys, warnings
+import einops, numpy, torch
 
 def state():
     return [
@@ -28,14 +29,11 @@ def state():
     ]
 
 modules, before = set(sys.modules), state()
-start = time.perf_counter()
 import hrem_layers
-seconds = time.perf_counter() - start
 after = state()
 print(json.dumps({
-    "seconds": seconds,
     "changed": [(x, y) for x, y in zip(before, after) if x != y],
-    "modules": sorted({name.split(".")[0] for name in set(sys.modules) - modules}),
+    "modules": sorted(set(sys.modules) - modules),
 }))
 """
 
@@ -50,15 +48,10 @@ def fresh_import() -> dict:
 
 
 def test_import_is_light_and_leaves_everything_as_it_was():
-    seconds = []
-    for _ in range(4):  # the best of several: the machine may be busy, and the first run may write bytecode
-        seen = fresh_import()
-        assert not HEAVY & set(seen["modules"])
-        assert seen["changed"] == []
-        seconds.append(seen["seconds"])
-        if min(seconds) <= LIMIT:
-            break
-    assert min(seconds) <= LIMIT, seconds
+    seen = fresh_import()
+    assert not HEAVY & {name.split(".")[0] for name in seen["modules"]}
+    assert seen["changed"] == []
+    assert len(seen["modules"]) <= MOST_MODULES, seen["modules"]
 
 
 def test_public_names():

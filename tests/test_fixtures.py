@@ -1,0 +1,12 @@
+"""What the tests stand on does what it says."""
+
+from __future__ import annotations
+
+import torch
+
+
+def test_memory_that_nothing_has_written_is_nan() -> None:
+    assert torch.empty(1000).isnan().all()
+    assert torch.empty_like(torch.zeros(3, 4, dtype=torch.bfloat16)).isnan().all()
+    assert torch.zeros(5).new_empty(7).isnan().all()
+    assert (torch.empty(10, dtype=torch.int64) == torch.iinfo(torch.int64).max).all()
