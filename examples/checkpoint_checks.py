@@ -96,7 +96,7 @@ TO_GO_ON = ("optimizer", "scheduler", "scaler", "loss_sums", "best", "random")
 
 def check(path: Path, state: dict[str, Any], *, to_go_on: bool) -> None:
     """Raises Damaged unless ``state`` holds what evaluation needs, or (``to_go_on``) what training goes on from."""
-    if to_go_on and "optimizer" not in state and state.get("format") == FORMAT:
+    if to_go_on and not state.keys() & {*TO_GO_ON} and state.get("format") == FORMAT:
         raise Damaged(f"{path}: expected a checkpoint to go on from, found encoders for evaluation: give last.pt")
     if "format" not in state and "sampler" in state and "run_id" not in state:
         raise fault(path, "format", str(FORMAT), "none: an earlier version wrote it, or another program")
@@ -118,6 +118,8 @@ def check(path: Path, state: dict[str, Any], *, to_go_on: bool) -> None:
         _kind(path, f"data.{name}", content, str, "text")
     _weights(path, "model", state["model"])
     _progress(path, state)
+    if to_go_on:
+        _kind(path, "random", state["random"], list, "the random states of all processes")
     if to_go_on and state["best"] is not None:
         best = _kind(path, "best", state["best"], dict, "a dictionary")
         for key in ("epoch", "rsum", "model"):
@@ -148,8 +150,8 @@ def _progress(path: Path, state: dict[str, Any]) -> None:
         if key not in sampler:
             raise fault(path, f"sampler.{key}", "a value", "none")
     epoch = _whole(path, "sampler.epoch", sampler["epoch"], 0, state["arguments"]["epochs"])
-    done = _whole(path, "sampler.batches_done", sampler["batches_done"], 0, 2**53)
-    _whole(path, "total_steps", state["total_steps"], epoch + done, 2**53)
+    _whole(path, "sampler.batches_done", sampler["batches_done"], 0, 2**53)
+    _whole(path, "total_steps", state["total_steps"], 0, 2**53)
     history = _kind(path, "history", state["history"], list, "a list")
     if len(history) != epoch:
         raise fault(path, "history", f"{epoch} epochs, as many as 'sampler.epoch' says", f"{len(history)}")

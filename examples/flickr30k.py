@@ -52,9 +52,9 @@ def main(argv: list[str] | None = None) -> None:
         reason = explain(error)
         if reason is None:
             raise
-        sys.exit(
-            processes.signed(f"error: {reason}" + (f"; {run[0].saved}" if run and run[0].saved not in reason else ""))
-        )
+        if run and run[0].saved not in reason and not isinstance(error, checkpoint.Damaged):
+            reason += f"; {run[0].saved}"
+        sys.exit(processes.signed(f"error: {reason}"))
 
 
 def choose_threads(arguments: argparse.Namespace) -> None:

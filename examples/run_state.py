@@ -37,6 +37,7 @@ class Run:
         self.history: list[dict[str, Any]] = []
         self.best: dict[str, Any] | None = None  # epoch, rsum and weights of the model; they travel with the run
         self.saved = "no checkpoint was written yet"
+        self.resumed: Path | None = None  # the file that it goes on from
 
     def _common(self) -> dict[str, Any]:
         return {
@@ -104,7 +105,7 @@ class Run:
             raise checkpoint_checks.fault(
                 path, key, "a state that can be gone on from", f"another ({error!r})"
             ) from error
-        self.id = state["run_id"]
+        self.id, self.resumed = state["run_id"], path
         self.epoch, self.step = state["sampler"]["epoch"], state["sampler"]["batches_done"]
         self.total_steps, self.loss_sums = state["total_steps"], state["loss_sums"]
         self.best, self.history = state["best"], state["history"]

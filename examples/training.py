@@ -11,6 +11,7 @@ from typing import Any
 import processes
 import torch
 from batches import Rest, make_sampler
+from checkpoint_checks import fault
 from curves import Curves
 from evaluation import amp_dtype, evaluate
 from pair_data import Pairs, TrainingPairs, collate, loader_options
@@ -104,10 +105,10 @@ def check_place(run: Run, steps: int) -> None:
     if not steps:
         raise ValueError("--batch-size: the training captions do not fill one batch")
     if run.step >= steps or run.total_steps != run.epoch * steps + run.step:
-        raise ValueError(
-            f"--resume: key 'sampler.batches_done' or 'total_steps': expected less than {steps} steps in the epoch and "
-            f"{run.epoch * steps + run.step} in all, found {run.step} and {run.total_steps}"
-        )
+        assert run.resumed is not None
+        key = "sampler.batches_done" if run.step >= steps else "total_steps"
+        expected = f"less than {steps}, the steps of an epoch" if run.step >= steps else f"{run.epoch * steps + run.step}"
+        raise fault(run.resumed, key, expected, f"{run.step if run.step >= steps else run.total_steps}")
 
 
 def end_epoch(

@@ -167,7 +167,7 @@ def test_word_vectors_from_text_and_npz(tmp_path: Path) -> None:
             "cat": [4, 5, 6]
         }
     (tmp_path / "bad.txt").write_text("dog 1 2 3\ncat 4 5\n")
-    with pytest.raises(ValueError, match=r"bad\.txt, line 2: expected a word and 3 numbers"):
+    with pytest.raises(ValueError, match=r"bad\.txt, line 2: expected a word and 3 finite numbers"):
         read_word_vectors(tmp_path / "bad.txt", ["cat"])
     with pytest.raises(ValueError, match="found no file"):
         read_word_vectors(tmp_path / "none.txt", ["cat"])
