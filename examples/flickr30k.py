@@ -46,6 +46,7 @@ def main(argv: list[str] | None = None) -> None:
             else:
                 train_and_evaluate(arguments, device, run)
     except KeyboardInterrupt:
+        interrupt.ignore()  # what comes now would meet an interpreter that is being taken apart
         go_on = f"; {run[0].saved}" if run else ""
         sys.exit(f"interrupted: go on with --resume and the same --output-dir{go_on}" if processes.is_main() else 130)
     except Exception as error:

@@ -20,6 +20,11 @@ def as_exception() -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+def ignore() -> None:
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
 if threading.current_thread() is threading.main_thread():
     if multiprocessing.parent_process() is not None:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # a worker that imports the script: the main process ends it

@@ -107,7 +107,9 @@ def check_place(run: Run, steps: int) -> None:
     if run.step >= steps or run.total_steps != run.epoch * steps + run.step:
         assert run.resumed is not None
         key = "sampler.batches_done" if run.step >= steps else "total_steps"
-        expected = f"less than {steps}, the steps of an epoch" if run.step >= steps else f"{run.epoch * steps + run.step}"
+        expected = (
+            f"less than {steps}, the steps of an epoch" if run.step >= steps else f"{run.epoch * steps + run.step}"
+        )
         raise fault(run.resumed, key, expected, f"{run.step if run.step >= steps else run.total_steps}")
 
 

@@ -72,14 +72,14 @@ def test_every_flipped_bit_is_noticed(trained: Path, tmp_path: Path, name: str) 
         lambda x: x[:-1],
         lambda x: x + b"\0",
         lambda x: x[: -checkpoint.SEAL],
-        lambda x: b"",
+        lambda _: b"",
         lambda x: bytes(len(x)),
     ],
 )
 def test_what_is_cut_or_lengthened_is_refused(trained: Path, tmp_path: Path, change: Callable[[bytes], bytes]) -> None:
     path = tmp_path / "last.pt"
     path.write_bytes(change((trained / "last.pt").read_bytes()))
-    with pytest.raises(checkpoint.Damaged, match="last.pt: expected a checkpoint"):
+    with pytest.raises(checkpoint.Damaged, match=r"last\.pt: expected a checkpoint"):
         checkpoint.load(path)
 
 

@@ -78,7 +78,9 @@ def test_a_finished_run_is_evaluated_again(data: Path, trained: Path, tmp_path: 
 
 def test_encoders_for_evaluation_cannot_be_gone_on_from(data: Path, trained: Path, tmp_path: Path) -> None:
     arguments = command(data, tmp_path, "--epochs", "3", *TINY, "--resume", str(trained / "best.pt"))
-    assert "best.pt: expected a checkpoint to go on from, found encoders for evaluation: give last.pt" in refused(arguments)
+    assert "best.pt: expected a checkpoint to go on from, found encoders for evaluation: give last.pt" in refused(
+        arguments
+    )
 
 
 # ---------------------------------------------------------------------------------------- other runs
