@@ -288,7 +288,7 @@ def test_bars_stay_out_of_logs(monkeypatch: pytest.MonkeyPatch) -> None:
         (RuntimeError("DataLoader worker (pid 12) is killed by signal: Killed. "), "unexpectedly (Killed)"),
         (RuntimeError("[enforce fail at alloc_cpu.cpp:1] DefaultCPUAllocator: can't allocate memory"), "out of memory"),
         (torch.OutOfMemoryError("CUDA out of memory."), "out of memory: a smaller --batch-size"),
-        (ValueError("Caught E in DataLoader worker process 0.\nOriginal Traceback:\n  x\npair_data.E: f.npy: no"), "f.npy"),
+        (ValueError("Caught E in DataLoader worker process 0.\nOriginal Traceback:\n  x\nm.E: f.npy: no"), "f.npy: no"),
     ],
 )  # fmt: skip
 def test_what_is_no_bug_is_one_line(error: Exception, line: str) -> None:
