@@ -53,12 +53,12 @@ class Rest(Sampler):
 def make_sampler(pairs: Pairs, arguments: argparse.Namespace) -> Sampler:
     if arguments.sampler == "random":
         return RandomBatches(len(pairs.captions), arguments.batch_size, seed=arguments.seed)
-    per_process = arguments.batch_size // processes.count()
-    if per_process % arguments.images_per_cluster:
+    if len(pairs.captions) < arguments.batch_size:
         raise ValueError(
-            f"--images-per-cluster must divide the batch of a process, {per_process}, "
-            f"got {arguments.images_per_cluster}"
+            f"--batch-size must be at most the number of training captions, {len(pairs.captions)}, "
+            f"got {arguments.batch_size}"
         )
+    per_process = arguments.batch_size // processes.count()
     means = np.empty((pairs.num_images, pairs.features.shape[2]), dtype=np.float32)
     for i in processes.progress(range(pairs.num_images), "features to cluster"):
         means[i] = pairs.image(i).mean(axis=0)

@@ -1,42 +1,173 @@
-"""Where a run is kept: checkpoints that a kill at any moment cannot damage, and what resuming asks of them."""
+"""Files of a run that are whole or not there: written beside their place and renamed, sealed, and checked in full.
+
+A checkpoint is a file of ``torch.save`` with a seal at its end, the SHA-256 of all that stands in front of it. To a zip
+reader the seal is the archive's comment, so ``torch.load(path, weights_only=True)`` reads the file as any other.
+"""
 
 from __future__ import annotations
 
-import argparse
+import contextlib
+import hashlib
+import io
 import os
 import random
+import zipfile
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
-import processes
 import torch
-from options import MAY_DIFFER
+
+MARK = b"hrem-layers checkpoint, SHA-256:"
+SEAL = len(MARK) + hashlib.sha256().digest_size
+END = 22  # bytes of a zip's last record without comment; its first four:
+END_SIGNATURE = b"PK\x05\x06"
+
+
+class Damaged(ValueError):
+    """A checkpoint that is not what was written, or lacks something. The message names file and key."""
+
+
+# ---------------------------------------------------------------------------------------- writing
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A place beside ``path`` to write to; when all went well it takes the name ``path``, and is on the disk.
+
+    Whoever looks sees the old file or the new, whole, also after a power cut. What failed leaves nothing behind.
+
+    Raises:
+        OSError: the disk is full, read-only, ...; the message names ``path``, which is as it was.
+    """
+    partial = path.with_name(f".{path.stem}.partial{path.suffix}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield partial
+        with partial.open("rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+        sync_folder(path.parent)
+    except OSError as error:
+        raise OSError(f"{path}: could not be written ({error.strerror or error})") from error
+    finally:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+
+
+def sync_folder(folder: Path) -> None:
+    """The new name is on the disk too; on systems that let a folder be opened."""
+    if os.name != "posix":
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # some network file systems know no such thing
+            os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+class _Sealing(io.RawIOBase):
+    """Passes on what is written and hashes it; the first error is kept, as PyTorch's writer cannot pass it on."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file, self.hash, self.held, self.error = file, hashlib.sha256(), b"", None
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, content: Any) -> int:
+        view = memoryview(content).cast("B")
+        try:
+            if self.error is None:
+                self._pass_on(view)
+        except OSError as error:
+            self.error = error
+        return len(view)
+
+    def _pass_on(self, view: memoryview) -> None:
+        """All but the last record, which the seal changes."""
+        if len(view) < END:
+            view = memoryview(self.held + view)
+            self.held = b""
+        for ready in (self.held, view[:-END]):
+            self.hash.update(ready)
+            self.file.write(ready)
+        self.held = bytes(view[-END:])
+
+    def seal(self) -> None:
+        if self.error is not None:
+            raise self.error
+        if self.held[:4] != END_SIGNATURE or len(self.held) != END:
+            raise OSError("torch.save did not write a zip archive")
+        end = self.held[:-2] + SEAL.to_bytes(2, "little") + MARK
+        self.hash.update(end)
+        self.file.write(end + self.hash.digest())
 
 
 def save(path: Path, state: dict[str, Any]) -> None:
-    """Writes beside ``path``, then renames: whoever looks sees the old file or the new, whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    with partial.open("wb") as file:
-        torch.save(state, file)
+    """Writes ``state`` to ``path``, sealed; raises OSError as :func:`replacing`."""
+    with replacing(path) as partial, partial.open("wb") as file:
+        sealing = _Sealing(file)
+        try:
+            torch.save(state, sealing)
+        except RuntimeError as error:
+            raise sealing.error or OSError(str(error).splitlines()[0]) from error
+        sealing.seal()
         file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+
+
+# ---------------------------------------------------------------------------------------- reading
 
 
 def load(path: Path) -> dict[str, Any]:
+    """What was saved to ``path``, on the CPU.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        Damaged: it is another kind of file, or a single bit of it differs from what was written.
+    """
+    expected = f"{path}: expected a checkpoint of this script, found"
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: expected a checkpoint of this script, found no file")
+        raise FileNotFoundError(f"{expected} no file")
     try:
+        check_whole(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise ValueError(
-            f"{path}: expected a checkpoint of this script, found a file that does not load ({error})"
-        ) from error
+    except Damaged as error:
+        raise Damaged(f"{expected} {error}") from error
+    except Exception as error:  # by what is wrong with it, of any kind
+        first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise Damaged(f"{expected} a file that does not load ({first_line})") from error
     if not isinstance(state, dict) or "arguments" not in state:
-        raise ValueError(f"{path}: expected a checkpoint of this script, found another kind of file")
+        raise Damaged(f"{expected} another kind of file: it has no key 'arguments'")
     return state
+
+
+def check_whole(path: Path) -> None:
+    """Raises Damaged unless the seal fits, or, of a file without one, the checksums of its parts."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        file.seek(max(size - SEAL - END, 0))
+        tail = file.read()
+    plain = tail[-END : -END + 4] == END_SIGNATURE and tail[-2:] == b"\0\0"
+    if plain:
+        with zipfile.ZipFile(path) as archive:
+            if broken := archive.testzip():
+                raise Damaged(f"a damaged file: the checksum of {broken} does not fit")
+        return
+    if tail[:4] != END_SIGNATURE and MARK not in tail:
+        raise Damaged("a file that does not end as one")
+    total, left = hashlib.sha256(), size - (SEAL - len(MARK))
+    with path.open("rb") as file:
+        while left > 0 and (block := file.read(min(left, 1 << 20))):
+            total.update(block)
+            left -= len(block)
+        if file.read() != total.digest():
+            raise Damaged("a damaged file: its contents do not fit its checksum")
+
+
+# ---------------------------------------------------------------------------------------- random states
 
 
 def random_state() -> dict[str, Any]:
@@ -58,51 +189,3 @@ def restore_random_state(state: dict[str, Any]) -> None:
     np.random.set_state((name, np.array(keys, dtype=np.uint32), *rest))
     version, internal, gauss = state["python"]
     random.setstate((version, tuple(internal), gauss))
-
-
-def differences(saved: dict[str, Any], now: dict[str, Any], *, may_differ: set[str]) -> list[str]:
-    """What a resumed run was told otherwise than the run that it resumes, in words."""
-    return [
-        f"--{name.replace('_', '-')} was {saved.get(name)!r} and is now {now[name]!r}"
-        for name in sorted(now)
-        if name not in may_differ and saved.get(name) != now[name]
-    ]
-
-
-def output_folder(arguments: argparse.Namespace) -> Path:
-    """Where to write: what was asked for if nothing is lost by it, else the next free folder in runs/."""
-    folder = arguments.output_dir
-    if folder is None and arguments.resume:
-        folder = Path(arguments.resume).parent
-    if folder is None:
-        base = Path("runs") / (arguments.data_dir.resolve().name if arguments.data_dir else "emoji")
-        number = 1
-        folder = base
-        while processes.is_main() and folder.exists():
-            number += 1
-            folder = base.with_name(f"{base.name}-{number}")
-        folder = Path(processes.from_main(str(folder)))
-    elif arguments.resume is None and (folder / "last.pt").exists():
-        raise FileExistsError(
-            f"--output-dir {folder} holds the checkpoint of another run: give --resume to go on with it, "
-            "or another folder"
-        )
-    processes.wait()
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
-
-
-def resume_from(arguments: argparse.Namespace, folder: Path) -> dict[str, Any] | None:
-    if arguments.resume is None:
-        return None
-    path = Path(arguments.resume) if arguments.resume else folder / "last.pt"
-    if not arguments.resume and not path.exists():
-        if processes.is_main():
-            print(f"--resume: no {path} yet, starting from the beginning")
-        return None
-    state = load(path)
-    now = {key: str(x) if isinstance(x, Path) else x for key, x in vars(arguments).items()}
-    changed = differences(state["arguments"], now, may_differ=MAY_DIFFER | {"epochs", "test_split", "five_fold"})
-    if changed:
-        raise ValueError(f"--resume {path}: the run that it goes on with was started otherwise: {'; '.join(changed)}")
-    return state

@@ -24,6 +24,7 @@ import importlib.metadata
 import json
 import os
 import shutil
+import sys
 import uuid
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -128,7 +129,12 @@ def build(folder: Path, recipe: Recipe, made_from: dict[str, Any], *, progress: 
     rows = split_families(families, dev=recipe.dev, test=recipe.test, seed=recipe.seed)
     check_split(table, rows)
     images = {split: choose_drawings(split, chosen) for split, chosen in rows.items()}
-    with tqdm(total=sum(map(len, images.values())), desc="emoji features", unit="image", disable=not progress) as bar:
+    with tqdm(
+        total=sum(map(len, images.values())),
+        desc="emoji features",
+        unit="image",
+        disable=not (progress and sys.stderr.isatty()),
+    ) as bar:
         for split, chosen in images.items():
             write_split(folder, split, chosen, table, drawings, recipe.image_size, bar)
     pictures = np.stack([draw(drawings[i.drawing][table[i.row].emoji.code], 72) for i in images["test"]])

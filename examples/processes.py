@@ -7,6 +7,8 @@ import functools
 import os
 import re
 import signal
+import sys
+import threading
 import time
 from collections.abc import Iterator
 from datetime import timedelta
@@ -19,6 +21,7 @@ from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
 JOIN = timedelta(minutes=5)  # until the last process has started
 PATIENCE = timedelta(hours=2)  # outside of training steps, where one may work while the others wait
+LAST_INTERRUPT = 10.0  # seconds for which further ones are not heard
 LAUNCHER_LOOKS = 3.0  # seconds in which torchrun sees which process failed first, and ends the others
 
 
@@ -37,10 +40,10 @@ def together(device: str, step_timeout: float) -> Iterator[torch.device]:
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    interrupt_once()
     if planned() == 1:
         yield torch.device(device)
         return
-    _interrupt_once()
     if device == "cuda":
         local = os.environ.get("LOCAL_RANK") or int(os.environ["RANK"]) % torch.cuda.device_count()  # no torchrun
         device = f"cuda:{local}"
@@ -85,15 +88,21 @@ def _lost_peer(error: Exception) -> PeerLost | None:
     return None
 
 
-def _interrupt_once() -> None:
+def interrupt_once() -> None:
     """A second Ctrl-C does not disturb the end that the first one brings.
 
-    The second comes always: the terminal sends it to all processes, and torchrun passes on its own.
+    Of several processes the second comes always: the terminal sends it to all, and torchrun passes on its own. One that
+    comes long after is listened to again: the first may have met a place that swallows exceptions.
     """
+    if threading.current_thread() is not threading.main_thread():
+        return  # only the main thread may say what a signal does
+    last = -LAST_INTERRUPT
 
     def interrupt(*_: object) -> None:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        raise KeyboardInterrupt
+        nonlocal last
+        if time.monotonic() - last > LAST_INTERRUPT:
+            last = time.monotonic()
+            raise KeyboardInterrupt
 
     signal.signal(signal.SIGINT, interrupt)
 
@@ -209,7 +218,20 @@ def _add_up(x: Tensor) -> Tensor:
 
 
 def progress(items: Any, what: str, **options: Any) -> Any:
-    """A bar on what takes longer than two seconds; only the main process shows it."""
+    """A bar on what takes longer than two seconds; the main process shows it, on a terminal, not in a log."""
     from tqdm.auto import tqdm
 
-    return tqdm(items, desc=what, delay=2, leave=False, dynamic_ncols=True, disable=not is_main(), **options)
+    hidden = not is_main() or not sys.stderr.isatty()
+    return tqdm(items, desc=what, delay=2, leave=False, dynamic_ncols=True, disable=hidden, **options)
+
+
+def say(text: str) -> None:
+    """Once, however many processes there are."""
+    if is_main():
+        print(text, flush=True)
+
+
+def warn(text: str) -> None:
+    """As :func:`say`, where it does not mix with the results."""
+    if is_main():
+        print(f"warning: {text}", file=sys.stderr, flush=True)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import textwrap
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from checkpoint import replacing
 from pair_data import Pairs
 from torch import Tensor
 
@@ -23,9 +23,8 @@ def chance(pairs: Pairs) -> dict[str, float]:
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(content, indent=2, default=str) + "\n", encoding="utf-8")
-    os.replace(partial, path)
+    with replacing(path) as partial:
+        partial.write_text(json.dumps(content, indent=2, default=str) + "\n", encoding="utf-8")
 
 
 def top_captions(image_embedding: Tensor, text_embedding: Tensor, images: list[int], k: int = 5) -> list[list[int]]:
@@ -37,6 +36,19 @@ def top_captions(image_embedding: Tensor, text_embedding: Tensor, images: list[i
     return similarity.topk(min(k, similarity.shape[1]), dim=1).indices.tolist()
 
 
+def draw_losses(axes: Any, history: list[dict[str, Any]], warmup_steps: int) -> None:
+    """The plain term and the relational ones apart: their sum would seem to explode where the warm-up ends."""
+    epochs = [entry["epoch"] for entry in history]
+    axes.plot(epochs, [entry["base_loss"] for entry in history], marker=".", label="plain embeddings")
+    if any(entry["relational_loss"] for entry in history):
+        axes.plot(epochs, [entry["relational_loss"] for entry in history], "--", marker=".", label="relations")
+    if warmup_steps and history:  # the point of epoch e is the mean over its steps, from e - 1/2 to e + 1/2
+        end = 0.5 + warmup_steps / history[0]["steps"]
+        axes.axvspan(0.5, min(end, epochs[-1] + 0.5), color="0.9", label="warm-up: relations do not count")
+    axes.set(xlabel="epoch", ylabel="training loss, mean over steps", ylim=(0, None))
+    axes.legend(fontsize="small")
+
+
 def draw(
     path: Path,
     history: list[dict[str, Any]],
@@ -45,11 +57,14 @@ def draw(
     retrieved: list[list[int]],
     metrics: RetrievalMetrics,
     pictures: np.ndarray | None,
+    *,
+    warmup_steps: int = 0,
 ) -> None:
     """Training curves above, a handful of images with the captions retrieved below; right ones green and ticked.
 
-    ``history``: a dict an epoch with ``loss``, ``base_loss`` and the dev recalls. ``pictures`` (n, H, W, 3) uint8,
-    or None where the data holds features only: then an image is shown by its number.
+    ``history``: a dict per epoch with ``loss``, ``base_loss``, ``relational_loss``, ``steps`` and the dev recalls.
+    ``pictures`` (n, H, W, 3) uint8, or None where the data holds features only: then an image is shown by its number.
+    ``warmup_steps``: of the run; shaded, as the relational terms do not count there.
     """
     try:
         import matplotlib
@@ -64,14 +79,11 @@ def draw(
     above, below = figure.subfigures(2, 1, height_ratios=[4.2, 1.6 * rows])
     left, right = above.subplots(1, 2)
     epochs = [entry["epoch"] for entry in history]
-    left.plot(epochs, [entry["loss"] for entry in history], label="all terms (from the end of the warm-up on)")
-    left.plot(epochs, [entry["base_loss"] for entry in history], label="plain embeddings")
-    left.set(xlabel="epoch", ylabel="training loss, mean over steps", ylim=(0, None))
-    left.legend(fontsize="small")
+    draw_losses(left, history, warmup_steps)
     for name, label, colour in (("i2t", "image to text", "tab:blue"), ("t2i", "text to image", "tab:orange")):
         for k, style in ((1, "-"), (5, "--"), (10, ":")):
             recalls = [entry["dev"][f"{name}_r{k}"] for entry in history]
-            right.plot(epochs, recalls, style, color=colour, label=f"{label} R@{k}")
+            right.plot(epochs, recalls, style, marker=".", color=colour, label=f"{label} R@{k}")
     right.set(xlabel="epoch", ylabel="recall on dev, %", ylim=(0, 100))
     right.legend(fontsize="small", ncols=2)
     for axes in (left, right):
@@ -95,7 +107,8 @@ def draw(
                 f"{'✓' if right_one else '✗'} {textwrap.shorten(pairs.captions[caption], 75)}",
                 color="tab:green" if right_one else "tab:red", va="center",
             )  # fmt: skip
-    partial = path.with_name(f".{path.stem}.partial{path.suffix}")
-    figure.savefig(partial, dpi=110)
-    plt.close(figure)
-    os.replace(partial, path)
+    try:
+        with replacing(path) as partial:
+            figure.savefig(partial, dpi=110)
+    finally:
+        plt.close(figure)

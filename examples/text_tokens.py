@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -48,22 +47,42 @@ class Vocabulary:
 
 
 class BertTokens:
-    """WordPiece ids by a tokenizer of the transformers library, between [CLS] and [SEP]."""
+    """WordPiece ids by a tokenizer of the transformers library, between [CLS] and [SEP].
 
-    def __init__(self, tokenizer: Any, *, augment: float) -> None:
-        self.tokenizer, self.augment = tokenizer, augment
+    Args:
+        tokenizer: of the transformers library.
+        augment: probability with which a word is masked, replaced or deleted in training.
+        longest: how many ids the model has positions for, [CLS] and [SEP] among them; what is more is cut off.
+            None = any number.
+    """
+
+    def __init__(self, tokenizer: Any, *, augment: float, longest: int | None = None) -> None:
+        self.tokenizer, self.augment, self.longest = tokenizer, augment, longest
 
     def __call__(self, caption: str, random: np.random.Generator | None) -> list[int]:
         tokenizer = self.tokenizer
-        pieces = (tokenizer.encode(word, add_special_tokens=False) for word in caption.split())
         changed = augment_words(
-            [ids for ids in pieces if ids] or [[tokenizer.unk_token_id]],
+            self._pieces(caption),
             random,
             self.augment,
             mask=tokenizer.mask_token_id,
             draw=lambda r: int(r.integers(len(tokenizer))),
         )
-        return [tokenizer.cls_token_id, *changed, tokenizer.sep_token_id]
+        end = None if self.longest is None else self.longest - 2
+        return [tokenizer.cls_token_id, *changed[:end], tokenizer.sep_token_id]
+
+    def _pieces(self, caption: str) -> list[list[int]]:
+        pieces = (self.tokenizer.encode(word, add_special_tokens=False) for word in caption.split())
+        return [ids for ids in pieces if ids] or [[self.tokenizer.unk_token_id]]
+
+    def count_too_long(self, captions: Iterable[str]) -> int:
+        """How many captions are cut off. Only those are looked at whose letters could be enough for it."""
+        if self.longest is None:
+            return 0
+        limit = self.longest - 2
+        # a letter gives at most four pieces, one per byte
+        suspects = (caption for caption in captions if 4 * len(caption) > limit)
+        return sum(sum(map(len, self._pieces(caption))) > limit for caption in suspects)
 
 
 def augment_words(
@@ -91,42 +110,3 @@ def augment_words(
         elif change < 0.6:
             kept.extend(draw(random) for _ in word)
     return kept or ids[int(random.integers(len(ids)))]
-
-
-def read_word_vectors(path: Path, wanted: Iterable[str] | None) -> dict[str, np.ndarray]:
-    """Vectors of the ``wanted`` words (None: of all) in a GloVe-style text file or .npz of ``words`` and ``vectors``.
-
-    Raises:
-        ValueError: the file is missing or is neither form.
-    """
-    if not path.is_file():
-        raise ValueError(f"--word-vectors: expected a file of word vectors, found no file {path}")
-    wanted = None if wanted is None else set(wanted)
-    if path.suffix == ".npz":
-        with np.load(path, allow_pickle=False) as archive:
-            missing = {"words", "vectors"} - set(archive.files)
-            if missing:
-                raise ValueError(f"{path}: expected arrays 'words' and 'vectors', found {archive.files}")
-            return {
-                str(w): v
-                for w, v in zip(archive["words"], archive["vectors"].astype(np.float32), strict=True)
-                if wanted is None or str(w) in wanted
-            }
-    vectors: dict[str, np.ndarray] = {}
-    size = None
-    with path.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, start=1):
-            word, *values = line.rstrip("\n").split(" ")
-            if number == 1 and len(values) == 1:
-                continue  # word2vec's header: how many words, how many dimensions
-            size = len(values) if size is None else size
-            try:
-                if len(values) != size:
-                    raise ValueError(f"{len(values)} numbers")
-                if wanted is None or word in wanted:
-                    vectors[word] = np.array(values, dtype=np.float32)
-            except ValueError as error:
-                raise ValueError(
-                    f"{path}, line {number}: expected a word and {size} numbers, found {line[:60]!r} ({error})"
-                ) from error
-    return vectors

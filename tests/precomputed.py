@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import re
 from pathlib import Path
 
 import numpy as np
+from pair_data import Images
+from torch.utils.data import Dataset
 
 THINGS = [
     "dog",
@@ -56,3 +60,18 @@ def write_folder(
         np.save(folder / f"{split}_ims.npy", np.repeat(features, 5, axis=0) if split in repeat else features)
         (folder / f"{split}_caps.txt").write_text("\n".join(captions) + "\n", encoding="utf-8")
     return folder
+
+
+class OwnMemory(Dataset):
+    """Item i is how many bytes of its own, on no disk, the process holds that reads image i."""
+
+    def __init__(self, images: Images) -> None:
+        self.images = images
+
+    def __len__(self) -> int:
+        return 4
+
+    def __getitem__(self, i: int) -> int:
+        assert len(self.images[i])
+        status = Path(f"/proc/{os.getpid()}/status").read_text()
+        return 1024 * int(re.search(r"RssAnon:\s+(\d+) kB", status)[1])  # type: ignore[index]

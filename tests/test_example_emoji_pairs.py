@@ -340,7 +340,7 @@ def test_a_handful_of_emoji_become_a_data_folder(packages: None, tmp_path: Path)
     listed = [line.split("\t")[:2] for line in (folder / "train_images.tsv").read_text(encoding="utf-8").splitlines()]
     assert [code for code, _ in listed[::2]] == [code for code, _ in listed[1::2]]
     assert [name for _, name in listed] == [*DRAWINGS] * (len(listed) // 2)
-    train = np.array(pairs["train"].features)
+    train = np.array(pairs["train"].features.array)
     assert (train[::2] != train[1::2]).any(axis=(1, 2)).all()  # two drawings
 
     with np.load(folder / "word_vectors.npz") as vectors:

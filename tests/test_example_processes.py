@@ -67,7 +67,7 @@ def alive(pid: int) -> bool:
 def changed_script(folder: Path, changes: str) -> Path:
     """The script after ``changes`` to its modules, in which ``RANK`` is known."""
     path = folder / "changed.py"
-    head = "import os, sys, time\nimport checkpoint, flickr30k, processes\nRANK = int(os.environ['RANK'])\n"
+    head = "import os, sys, time\nimport checkpoint, flickr30k, processes, training\nRANK = int(os.environ['RANK'])\n"
     path.write_text(head + textwrap.dedent(changes) + "\nflickr30k.main(sys.argv[1:])\n")
     return path
 
@@ -124,7 +124,7 @@ def test_a_death_ends_who_is_in_the_middle_of_long_work(data: Path, tmp_path: Pa
             time.sleep(600)
 
         if RANK == 0:
-            flickr30k.evaluate = long_work
+            training.evaluate = long_work
     """)  # fmt: skip
     torchrun = start(*command(data, tmp_path / "run", "--epochs", "1"), script=script, launcher=TORCHRUN)
     while "working" not in torchrun.stdout.readline():
@@ -168,7 +168,7 @@ def test_a_second_ctrl_c_does_not_disturb_the_end() -> None:
     body = """
         import time, processes
 
-        processes._interrupt_once()
+        processes.interrupt_once()
         print("ready", flush=True)
         try:
             time.sleep(600)
@@ -201,8 +201,8 @@ def test_long_waits_that_are_no_training_step_are_no_failure(data: Path, tmp_pat
         if RANK == 0:
             checkpoint.save = slowly(checkpoint.save)
         else:
-            flickr30k.evaluate = slowly(flickr30k.evaluate)
-            flickr30k.make_sampler = slowly(flickr30k.make_sampler)
+            training.evaluate = slowly(training.evaluate)
+            training.make_sampler = slowly(training.make_sampler)
     """)  # fmt: skip
     options = ("--epochs", "2", "--step-timeout", "2")
     for process in start_by_hand(*command(data, tmp_path / "run", *options), script=script):
@@ -236,7 +236,7 @@ def test_saves_once_and_shares_the_encoding(data: Path, tmp_path: Path) -> None:
     for process in start_by_hand(*options, script=script):
         finish(process)
     logs = [(tmp_path / f"rank-{rank}.log").read_text().splitlines() for rank in (0, 1)]
-    assert [line for line in logs[0] if line.startswith("save")] == ["save best.pt", "save last.pt"]
+    assert [line for line in logs[0] if line.startswith("save")] == ["save last.pt", "save best.pt"]
     assert not [line for line in logs[1] if line.startswith("save")]
     for log in logs:  # half of the 24 images of dev, then half of the 24 of test
         assert [line for line in log if line.startswith("encode")] == ["encode 12", "encode 12"]
