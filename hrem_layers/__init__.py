@@ -10,9 +10,9 @@ from hrem_layers.alignment import Scores, align_fragments
 from hrem_layers.fragments import FragmentRelation
 from hrem_layers.graph import AssociationGraph
 from hrem_layers.interaction import RelationInteraction
-from hrem_layers.loss import HREMLoss, HREMTerms
+from hrem_layers.loss import HREMLoss, HREMTerms, Relations
 from hrem_layers.losses import InfoNCELoss, SigmoidLoss, TripletLoss
-from hrem_layers.relations import RelationGraph
+from hrem_layers.relations import Candidates, Cosines, RelationBlock, RelationGraph, pair_cosines
 from hrem_layers.retrieval import (
     DirectionMetrics,
     RetrievalMetrics,
@@ -26,7 +26,10 @@ __version__ = "0.1.0"
 __all__ = [
     "ALONE",
     "AssociationGraph",
+    "Candidates",
+    "Cosines",
     "DirectionMetrics",
+    "Exchange",
     "FragmentRelation",
     "HREMLoss",
     "HREMTerms",
@@ -37,7 +40,9 @@ __all__ = [
     "RelationInteraction",
     "Relations",
     "RetrievalMetrics",
+    "Scores",
     "SigmoidLoss",
+    "TransformerLayer",
     "TripletLoss",
     "align_fragments",
     "pair_cosines",
