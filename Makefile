@@ -3,10 +3,9 @@
 #   make test     the quick tests (make test TESTS="-m slow", make test TESTS=tests/test_graph.py)
 #   make lint     ruff (rules and format) and mypy --strict
 #   make docs     the pages into build/docs, every warning an error
-#   make mutants  break the code line by line: do the tests notice?
 PYTHON ?= python
 TESTS ?=
-.PHONY: setup test lint docs mutants
+.PHONY: setup test lint docs
 
 setup:
 	$(PYTHON) -m pip install -c constraints.txt -e ".[dev]"
@@ -22,6 +21,3 @@ lint:
 
 docs:
 	$(PYTHON) -m sphinx -W -n --keep-going -q docs build/docs
-
-mutants:
-	$(PYTHON) tests/mutants.py

@@ -18,7 +18,7 @@ from retrieval_model import Built, RetrievalModel
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from hrem_layers.retrieval import RetrievalMetrics, five_fold_metrics, retrieval_metrics
+from hrem_layers.retrieval import RetrievalMetrics, retrieval_metrics
 
 
 def amp_dtype(arguments: argparse.Namespace) -> torch.dtype:
@@ -125,7 +125,9 @@ def final_evaluation(
     print(metrics.table())
     print(f"chance: R@1 {chance['i2t_r1']:.2f} image to text, {chance['t2i_r1']:.2f} text to image")
     if arguments.five_fold:
-        folds = five_fold_metrics(evaluated.images, evaluated.texts, captions_per_image=pairs.captions_per_image)
+        folds = retrieval_metrics(
+            evaluated.images, evaluated.texts, captions_per_image=pairs.captions_per_image, folds=5
+        )
         content["five_fold"] = folds.as_dict()
         print(f"\nmean over five folds\n{folds.table()}")
     report.write_json(folder / "metrics.json", content)

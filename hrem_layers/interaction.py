@@ -144,6 +144,7 @@ class RelationInteraction(nn.Module):
             blocks["t2t"] = _without_detours(blocks["t2t"], blocks["t2i"], graph.excluded.t())
         bias = {name: block.attention_bias(self.relation_weight) for name, block in blocks.items()}
         for steps in self.layers:
+            assert isinstance(steps, nn.ModuleDict)
             images, texts = (
                 steps["i2t"](images, bias["i2t"], texts),
                 steps["t2i"](texts, bias["t2i"], images),

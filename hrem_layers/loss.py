@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -33,7 +33,15 @@ PairLoss = Callable[[Tensor, Tensor], Tensor]
 
 
 class HREMTerms(NamedTuple):
-    """Scalars for logging, unweighted but for ``total``, which is what is trained; 0 where not computed."""
+    """Scalars for logging, unweighted but for ``total``, which is what is trained; 0 where not computed.
+
+    Example:
+        >>> loss = HREMLoss(64)
+        >>> v, u = torch.randn(4, 64), torch.randn(4, 64)
+        >>> regions, words = torch.randn(4, 36, 64), torch.randn(4, 12, 64)
+        >>> {name: value.item() for name, value in loss.terms(v, u, regions, words)._asdict().items()}.keys()
+        dict_keys(['total', 'base', 'enhanced', 'cross_image', 'cross_text', 'regularization'])
+    """
 
     total: Tensor
     base: Tensor
@@ -49,7 +57,16 @@ class HREMTerms(NamedTuple):
 
 
 class Relations(NamedTuple):
-    """What :meth:`HREMLoss.relate` gives."""
+    """What :meth:`HREMLoss.relate` gives.
+
+    Example:
+        >>> loss = HREMLoss(64)
+        >>> v, u = torch.randn(4, 64), torch.randn(4, 64)
+        >>> regions, words = torch.randn(4, 36, 64), torch.randn(4, 12, 64)
+        >>> relations = loss.relate(v, u, regions, words)
+        >>> relations.graph.block("i2t").connection.shape, relations.image_enhanced.shape
+        (torch.Size([4, 4]), torch.Size([4, 64]))
+    """
 
     graph: RelationGraph
     image_enhanced: Tensor
@@ -143,7 +160,7 @@ class HREMLoss(nn.Module):
         self.pair_loss = TripletLoss() if pair_loss is None else pair_loss
         self.enhanced_pair_loss, self.cross_pair_loss = enhanced_pair_loss, cross_pair_loss
         self.register_buffer("step", torch.zeros((), dtype=torch.long))
-        self.register_load_state_dict_post_hook(_count_from_state)
+        self.register_load_state_dict_post_hook(_count_from_state)  # type: ignore[no-untyped-call]
 
     @property
     def warmup_steps(self) -> int:
@@ -310,7 +327,8 @@ class HREMLoss(nn.Module):
         total = base
         if is_distributed() and torch.is_grad_enabled():
             # DistributedDataParallel waits for the gradient of every parameter: zeros, whatever the parameters hold
-            total = _ReachAll.apply(base, *(p for p in self.relation_parameters() if p.requires_grad))
+            reached = (p for p in self.relation_parameters() if p.requires_grad)
+            total = _ReachAll.apply(base, *reached)  # type: ignore[no-untyped-call]
         zero = torch.zeros_like(base)
         return HREMTerms(total, base, zero, zero, zero, zero)
 
@@ -329,7 +347,8 @@ class HREMLoss(nn.Module):
             cross_image = _pair("cross_pair_loss", pair_loss, cosine_matrix(v_enhanced, u), positives)
             cross_text = _pair("cross_pair_loss", pair_loss, cosine_matrix(v, u_enhanced), positives)
         if self.regularization_weight:
-            regularization = self.graph.regularization(graph, v, u, cosines=cosines)
+            regularize = cast(Callable[..., Tensor], self.graph.regularization)
+            regularization = regularize(graph, v, u, cosines=cosines)
         total = (
             base
             + self.enhanced_weight * enhanced

@@ -19,7 +19,13 @@ BLOCKS = ("i2i", "i2t", "t2i", "t2t")
 
 
 class RelationBlock(NamedTuple):
-    """One of the four blocks of a graph: rows receive, columns give."""
+    """One of the four blocks of a graph: rows receive, columns give.
+
+    Example:
+        >>> block = RelationBlock(torch.tensor([[True, False]]), torch.tensor([[0.5, 0.9]]))
+        >>> block.attention_bias(2.0)
+        tensor([[1., -inf]])
+    """
 
     connection: Tensor
     """(rows, columns) bool, True = edge."""
@@ -32,7 +38,14 @@ class RelationBlock(NamedTuple):
 
 
 class Candidates(NamedTuple):
-    """Which nodes of the other modality a row was aligned with; columns are numbers of texts and of images."""
+    """Which nodes of the other modality a row was aligned with; columns are numbers of texts and of images.
+
+    Example:
+        >>> v, u = torch.randn(6, 64), torch.randn(6, 64)
+        >>> regions, words = torch.randn(6, 36, 64), torch.randn(6, 12, 64)
+        >>> AssociationGraph(candidates=2)(v, u, regions, words).candidates.i2t.shape
+        torch.Size([6, 2])
+    """
 
     i2t: Tensor
     """(N, k) int64."""
@@ -107,7 +120,13 @@ def text_count(graph: object, n: int) -> int | str:
 
 
 class Cosines(NamedTuple):
-    """Of every two samples, in float64 where the device has it: near 1 a distance needs what float32 rounds away."""
+    """Of every two samples, in float64 where the device has it: near 1 a distance needs what float32 rounds away.
+
+    Example:
+        >>> cosines = pair_cosines(torch.randn(3, 64), torch.randn(5, 64))
+        >>> cosines.images.shape, cosines.texts.shape, cosines.across.shape
+        (torch.Size([3, 3]), torch.Size([5, 5]), torch.Size([3, 5]))
+    """
 
     images: Tensor
     """(N, N)."""
@@ -118,7 +137,12 @@ class Cosines(NamedTuple):
 
 
 def pair_cosines(image_embedding: Tensor, text_embedding: Tensor) -> Cosines:
-    """Cosines of embeddings (N, D) and (M, D) of any length: three products, which everything else goes by."""
+    """Cosines of embeddings (N, D) and (M, D) of any length: three products, which everything else goes by.
+
+    Example:
+        >>> pair_cosines(torch.tensor([[3.0, 0.0]]), torch.tensor([[0.0, 2.0], [1.0, 0.0]])).across
+        tensor([[0., 1.]], dtype=torch.float64)
+    """
     exact = torch.float32 if image_embedding.device.type == "mps" else torch.float64
     with autocast_off(image_embedding.device):
         x, y = (l2_normalize(e.to(exact)) for e in (image_embedding, text_embedding))

@@ -29,7 +29,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, dropout: float)
     if q.device.type == "cpu" and (learned or dropout) and not torch.compiler.is_compiling():
         cut = _cut(q.shape, k.shape[-2])
         if cut is not None:
-            return _AttendInParts.apply(q, k, v, bias, dropout, cut)
+            out: Tensor = _AttendInParts.apply(q, k, v, bias, dropout, cut)  # type: ignore[no-untyped-call]
+            return out
     return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout)
 
 

@@ -12,7 +12,13 @@ from torch import Tensor
 
 
 class Exchange(Protocol):
-    """``side`` is ``"image"`` or ``"text"``; rows lie in the order of the processes."""
+    """``side`` is ``"image"`` or ``"text"``; rows lie in the order of the processes.
+
+    Example:
+        >>> exchange: Exchange = ALONE
+        >>> exchange.own("image", total=8)
+        slice(0, 8, None)
+    """
 
     @property
     def travels(self) -> str:
@@ -40,7 +46,12 @@ class Exchange(Protocol):
 
 
 class Alone:
-    """The exchange of one process: everything is here already."""
+    """The exchange of one process: everything is here already.
+
+    Example:
+        >>> ALONE.gather_rows("text", torch.ones(2))
+        tensor([1., 1.])
+    """
 
     travels = "image"
 

@@ -41,7 +41,7 @@ def masked_max_k_mean(x: Tensor, mask: Tensor | None, k: int) -> Tensor:
         ranked = wide if mask is None else wide.masked_fill(~mask.unsqueeze(-1), -torch.inf)
         largest = ranked.topk(k, dim=1).values  # [n, k, d]
         if mask is None:
-            last, taken = largest[:, -1:], k
+            last, taken = largest[:, -1:], torch.full((1, 1, 1), k, device=x.device)
         else:
             taken = mask.sum(dim=1).clamp(max=k).view(-1, 1, 1)  # [n, 1, 1]
             last = largest.gather(1, (taken - 1).clamp(min=0).expand(-1, 1, x.shape[2]))  # [n, 1, d]
@@ -52,5 +52,5 @@ def masked_max_k_mean(x: Tensor, mask: Tensor | None, k: int) -> Tensor:
             tied &= mask.unsqueeze(-1)
         above, tied = above.to(wide.dtype), tied.to(wide.dtype)
         share = (taken - above.sum(dim=1, keepdim=True)) / tied.sum(dim=1, keepdim=True).clamp(min=1)
-        weights = (above + tied * share) / (taken if mask is None else taken.clamp(min=1))  # [n, r, d]
+        weights = (above + tied * share) / taken.clamp(min=1)  # [n, r, d]
     return (wide * weights).sum(dim=1).to(x.dtype)

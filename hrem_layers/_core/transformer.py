@@ -132,13 +132,16 @@ class TransformerLayer(nn.Module):
         if self.norm_first:
             inner = self.norm1(x)
             x = x + self.dropout(self.self_attn(inner, inner if context is None else self.norm1(context), bias))
-            return x + self.dropout(self._feed(self.norm2(x)))
+            out: Tensor = x + self.dropout(self._feed(self.norm2(x)))
+            return out
         attended = self.self_attn(x, x if context is None else context, bias)
         x = self.norm1(x + self.dropout(attended))
-        return self.norm2(x + self.dropout(self._feed(x)))
+        out = self.norm2(x + self.dropout(self._feed(x)))
+        return out
 
     def _feed(self, x: Tensor) -> Tensor:
-        return self.linear2(self.dropout(ACTIVATIONS[self.activation](self.linear1(x))))
+        out: Tensor = self.linear2(self.dropout(ACTIVATIONS[self.activation](self.linear1(x))))
+        return out
 
 
 LayerFactory = Callable[[], nn.Module]

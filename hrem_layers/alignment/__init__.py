@@ -78,6 +78,13 @@ def align_fragments(
 
     Raises:
         TypeError, ValueError: an argument has the wrong type, dtype, shape, device or value.
+
+    Example:
+        >>> image = torch.eye(4)[:3].unsqueeze(0)  # one image of three regions
+        >>> text = torch.eye(4)[2:].unsqueeze(0)  # one text of two words, one of which is in the image
+        >>> scores = align_fragments(image, text, topk=2)
+        >>> scores.mean_t2i, scores.top_t2i
+        (tensor([[0.5000]]), tensor([[[1., 0.]]]))
     """
     check_choice("mode", mode, MODES)
     check_int("topk", topk, minimum=1)

@@ -136,5 +136,5 @@ def _kept_size(image_fragments: Tensor, text_fragments: Tensor, keep: bool) -> i
     if not keep:
         return 0
     (i, r, _), (t, w, _) = image_fragments.shape, text_fragments.shape
-    size: int = torch.sym_min(i * r * t * w, KEEP_AT_MOST)  # type: ignore[no-untyped-call]
+    size: int = torch.sym_min(i * r * t * w, KEEP_AT_MOST)
     return size

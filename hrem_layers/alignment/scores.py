@@ -13,6 +13,11 @@ class Scores(NamedTuple):
     """p (means) and q (largest values) of both directions; the row is the side that receives.
 
     ``top_*`` are in descending order along the last dimension, with 0 where there is no value.
+
+    Example:
+        >>> scores = align_fragments(torch.randn(3, 36, 64), torch.randn(5, 12, 64), topk=10)
+        >>> scores.mean_i2t.shape, scores.top_t2i.shape
+        (torch.Size([3, 5]), torch.Size([5, 3, 10]))
     """
 
     mean_i2t: Tensor  # [i, t]

@@ -5,6 +5,8 @@ A process that found its arguments wrong must not leave the others waiting in a 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -27,7 +29,7 @@ _TABLE = (
     "image_mask", "text_mask", "ids", "index", "image_grad", "text_grad", "grad_enabled", "training", "warming",
 )  # fmt: skip
 
-_MUST_AGREE = (
+_MUST_AGREE: tuple[tuple[str, str, Callable[[int], str]], ...] = (
     ("ids", "image_ids must be given on all processes or on none", _YES_NO),
     ("index", "image_index must be given on all processes or on none", _YES_NO),
     ("embed_dim", "image_embedding must have the same D on all processes", str),

@@ -34,13 +34,13 @@ def is_distributed() -> bool:
 
 def gather_replicated(x: Tensor, sizes: tuple[int, ...]) -> Tensor:
     """Rows of all processes, ``sizes`` of each; what follows is the same on all. Backward: my slice, times W."""
-    out: Tensor = _GatherReplicated.apply(x, sizes)
+    out: Tensor = _GatherReplicated.apply(x, sizes)  # type: ignore[no-untyped-call]
     return out
 
 
 def gather_shared(x: Tensor, sizes: tuple[int, ...]) -> Tensor:
     """Rows of all processes; what follows differs between them. Backward: my slice of the sum over all."""
-    out: Tensor = _GatherShared.apply(x, sizes)
+    out: Tensor = _GatherShared.apply(x, sizes)  # type: ignore[no-untyped-call]
     return out
 
 

@@ -20,7 +20,7 @@ DEFAULT_TEMPERATURE = 0.07
 def info_nce_loss(
     similarity: Tensor, positives: Tensor, *, scale: float | Tensor = 1 / DEFAULT_TEMPERATURE, reduction: str = "mean"
 ) -> Tensor:
-    """What :class:`InfoNCELoss` computes, as a function of the scale 1/τ.
+    """What :class:`~hrem_layers.InfoNCELoss` computes, as a function of the scale 1/τ.
 
     Args:
         similarity: (N, M) cosines.

@@ -25,7 +25,7 @@ def sigmoid_loss(
     bias: float | Tensor = DEFAULT_BIAS,
     reduction: str = "mean",
 ) -> Tensor:
-    """What :class:`SigmoidLoss` computes, as a function of the scale t = 1/τ and the bias b.
+    """What :class:`~hrem_layers.SigmoidLoss` computes, as a function of the scale t = 1/τ and the bias b.
 
     Args:
         similarity: (N, M) cosines.

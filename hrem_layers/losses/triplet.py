@@ -41,7 +41,7 @@ def triplet_loss(
     reduction: str = "sum",
     noise: Tensor | None = None,
 ) -> Tensor:
-    """What :class:`TripletLoss` computes, as a function; same options, arguments and errors.
+    """What :class:`~hrem_layers.TripletLoss` computes, as a function; same options, arguments and errors.
 
     Example:
         >>> import torch

@@ -82,7 +82,7 @@ def cluster_features(
     iterations = check_int("max_iter", max_iter, minimum=1, maximum=2**31 - 1)
     features = CentredFeatures.of(image_features)
 
-    from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
+    from threadpoolctl import threadpool_limits
 
     most = max(_SAMPLE_BYTES // (4 * dimensions), images // 4, number)
     chosen = np.sort(sort_by([], draw(images))[: min(per_cluster * number, most)])
@@ -137,7 +137,7 @@ def _fit(rows: Floats, number: int, iterations: int, keys: Keys) -> Any:
 
 def _start(rows: Floats, number: int, keys: Keys) -> Floats:
     """``number`` rows or means of rows to begin from."""
-    from sklearn.cluster import kmeans_plusplus  # type: ignore[import-untyped]
+    from sklearn.cluster import kmeans_plusplus
 
     weights = None
     number_of_means = _MEANS_PER_CLUSTER * number + _MORE_MEANS
@@ -153,7 +153,7 @@ def _start(rows: Floats, number: int, keys: Keys) -> Floats:
 def _k_means(rows: Floats, start: Floats, iterations: int, weights: Floats | None = None) -> Any:
     """``sklearn.cluster.KMeans``, fitted on one thread."""
     from sklearn.cluster import KMeans
-    from sklearn.exceptions import ConvergenceWarning  # type: ignore[import-untyped]
+    from sklearn.exceptions import ConvergenceWarning
 
     means = KMeans(len(start), init=start, n_init=1, max_iter=iterations, copy_x=False)
     with warnings.catch_warnings():
