@@ -133,7 +133,12 @@ class Study(HREMLoss):
         if "scale_in" in o:
             vr, ur = (0.1 * x + 0.9 * x.detach() for x in (vr, ur))
         graph = self.graph(vr, ur, *batch[2:6])
-        if "skip" in o:  # v + gain·(what the transformer adds)
+        if "center" in o:  # a constant vector cannot lower the loss
+            ve, ue = (l2_normalize(x - x.mean(0)) for x in self.interaction(vr, ur, graph))
+        elif "centerres" in o:
+            ve, ue = (l2_normalize(x - x.mean(0)) for x in self.interaction(vr, ur, graph))
+            ve, ue = (l2_normalize(x + y) for x, y in ((vr, ve), (ur, ue)))
+        elif "skip" in o:  # v + gain·(what the transformer adds)
             nv, nu = self.interaction(vr, ur, graph)
             if not hasattr(self, "gain"):
                 raise RuntimeError
