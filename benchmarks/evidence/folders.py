@@ -73,6 +73,8 @@ def _draw(path: Path, size: int) -> np.ndarray:
     """Like the examples' ``draw``, of PNG files as well."""
     from PIL import Image
 
+    Image.MAX_IMAGE_PIXELS = None  # some clip-art is huge; it comes from a package that was chosen
+
     if path.suffix == ".svg":
         import io
 
