@@ -3,12 +3,16 @@
 import csv
 import json
 import math
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from benchmarks.evidence import families, read_test, store, synthetic, tables
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from benchmarks.evidence import collapse, families, read_test, store, synthetic, tables
 from benchmarks.evidence.__main__ import draw_settings, label, run
 from benchmarks.evidence.graph_quality import measure, percentile_of_own
 from benchmarks.evidence.loaded import load
@@ -229,3 +233,9 @@ def test_graph_quality_of_pairs_that_share_their_fragments(data, monkeypatch):
     torch.manual_seed(0)
     found = measure(Pair(data, 0.0), data.dev, "cosine")
     assert all(-1 <= x <= 1 for x in found.values()) and json.dumps(found)
+
+
+@pytest.mark.parametrize("start", ["base", "library", "residual", "centred", "zero", "tenth"])
+def test_every_start_of_the_study_of_collapse_trains(data, start):
+    got = collapse.train_start(data, start, "hardest-mean", lr=1e-3, clip=2, seed=0, steps=2, batch=16)
+    assert 0 <= got["rsum"] <= 600 and math.isnan(got["cosine"]) == (start == "base")

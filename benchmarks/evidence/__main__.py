@@ -39,10 +39,11 @@ def draw_settings(number: int) -> dict[str, Any]:
     }
 
 
-def label(data: str, *, noise: float, share: float, captions: int | None = None) -> str:
+def label(data: str, *, noise: float, share: float) -> str:
     """What column "data" says: ``icons``, ``icons+noise40``, ``icons+share25``; a folder by its name."""
     name = data if data in folders.DATA else Path(data).resolve().name
-    return name + (f"+noise{noise:.0%}".rstrip("%") if noise else "") + (f"+share{share:.0%}".rstrip("%") if share < 1 else "")
+    parts = [name, *([f"noise{100 * noise:.0f}"] if noise else []), *([f"share{100 * share:.0f}"] if share < 1 else [])]
+    return "+".join(parts)
 
 
 def weights_path(cache: Path, data: str, row: str, seed: int) -> Path:
@@ -97,10 +98,10 @@ def parser() -> argparse.ArgumentParser:
 
 
 def load_named(arguments: argparse.Namespace) -> tuple[Loaded, str]:
-    for name, low in (("noise", 0.0), ("share", 1e-9)):
+    for name, low in (("noise", 0.0), ("share", 0.001)):
         value = getattr(arguments, name)
         if not low <= value <= 1:
-            raise ValueError(f"--{name}: expected a share of at most 1 and {'at least' if low == 0 else 'over'} 0, got {value}")
+            raise ValueError(f"--{name}: expected a share from {low:g} to 1, got {value}")
     folder = folders.prepare(arguments.data, arguments.cache_dir.expanduser())
     captions = arguments.captions_per_image or folders.CAPTIONS.get(arguments.data, 5)
     data = load(folder, captions, noise=arguments.noise, share=arguments.share)

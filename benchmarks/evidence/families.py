@@ -14,7 +14,7 @@ NEAR = 0.985  # cosine of mean features from which two pictures are variants of 
 
 
 def group(stems: Sequence[Hashable], captions: Sequence[Sequence[str]], features: np.ndarray) -> np.ndarray:
-    """The family of each picture (n,): connected over equal stems, equal captions and near-equal ``features`` (n, F)."""
+    """Family of each picture (n,): connected over equal stems, equal captions and near-equal ``features`` (n, F)."""
     parent = list(range(len(stems)))
 
     def root(i: int) -> int:
@@ -36,8 +36,8 @@ def group(stems: Sequence[Hashable], captions: Sequence[Sequence[str]], features
 
 
 def split(families: np.ndarray, *, dev: int, test: int, seed: int = 0) -> np.ndarray:
-    """"train", "dev" or "test" per picture (n,). Whole families are drawn at random until test and dev hold about as
-    many as asked for; families of more than 2% of all pictures are for training."""
+    """The split of each picture (n,): train, dev or test. Whole families are drawn at random until test and dev hold
+    about as many as asked for; families of more than 2% of all pictures are for training."""
     members: dict[int, list[int]] = {}
     for i, family in enumerate(families.tolist()):
         members.setdefault(family, []).append(i)

@@ -18,7 +18,9 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 ICONS = "@tabler/icons@3.52.0"
 _WORD = re.compile(r"[a-z]+")
 # parts of artists' and formats' names, which say nothing of the picture
-_EMPTY = frozenset("arch archite architetto franc frances the a of and png svg image clip art".split())
+_EMPTY = frozenset(
+    ["arch", "archite", "architetto", "franc", "frances", "the", "a", "of", "and", "png", "svg", "image", "clip", "art"]
+)
 
 
 class Picture(NamedTuple):
