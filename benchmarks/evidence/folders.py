@@ -42,7 +42,7 @@ def prepare(data: str, cache: Path) -> Path:
 
 
 def _write_source(data: str, cache: Path, folder: Path) -> None:
-    pictures = sources.SOURCES[data](cache)
+    pictures = [p for p in sources.SOURCES[data](cache) if _can_be_drawn(p.path)]
     features = np.concatenate(list(_feature_maps([p.path for p in pictures])))  # [n, 9, 1280]
     listing = families.SPLITS / f"{data}.txt"
     if not listing.is_file():
@@ -67,6 +67,17 @@ def _feature_maps(paths: list[Path]):  # type: ignore[no-untyped-def]
         yield from emoji_features.feature_maps(paths, SIZE)
     finally:
         emoji_features.draw = draw
+
+
+def _can_be_drawn(path: Path) -> bool:
+    """False for the few SVG files without a size, which the renderer refuses."""
+    if path.suffix != ".svg":
+        return True
+    try:
+        _draw(path, 8)
+    except ValueError:
+        return False
+    return True
 
 
 def _draw(path: Path, size: int) -> np.ndarray:

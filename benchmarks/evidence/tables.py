@@ -173,7 +173,7 @@ def main(argv: list[str] | None = None) -> None:
     if not lines:
         parser.error(f"{arguments.results} holds no trainings")
     extra = quality_section(arguments.results.with_name("graph_quality.csv"))
-    collapse = arguments.results.with_name("collapse.md")
+    collapse = arguments.results.with_name("collapse.md")  # written by hand
     if collapse.is_file():
         extra += "\n" + collapse.read_text(encoding="utf-8")
     plot = arguments.docs / "results.svg"
