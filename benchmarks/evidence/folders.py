@@ -10,7 +10,7 @@ import numpy as np
 from benchmarks.evidence import families, sources, synthetic
 
 SIZE = 96  # pixels: 9 grid cells of EfficientNet-Lite0
-HELD_OUT = {"icons": (500, 1000), "openclipart": (500, 1000), "stamps": (100, 200)}  # about so many for dev, test
+HELD_OUT = {"icons": (500, 1000), "openclipart": (200, 500), "stamps": (100, 200)}  # about so many for dev, test
 CAPTIONS = {"icons": 2, "openclipart": 1, "stamps": 1, "emoji": 5, "synthetic": 1}
 DATA = tuple(CAPTIONS)
 

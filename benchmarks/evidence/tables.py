@@ -97,10 +97,8 @@ def page(lines: Sequence[store.Line], extra: str = "") -> str:
     """The whole page."""
     out = [INTRODUCTION]
     for data in dict.fromkeys(x.data for x in lines):
-        tried = {r: 0 for r in dict.fromkeys(x.row for x in lines if x.data == data)}
-        for x in lines:
-            tried[x.row] += (x.data, x.split) == (data, "search") if x.row in tried else 0
-        budget = ", ".join(sorted({str(n) for n in tried.values()}))
+        searched = [x.row for x in lines if (x.data, x.split) == (data, "search")]
+        budget = ", ".join(sorted({str(searched.count(row)) for row in searched}))
         out.append(f"## {describe(data)[0].upper()}{describe(data)[1:]}\n")
         out.append(f"Settings tried per row: {budget}. rSum: mean ± standard error over the fresh seeds.\n")
         for split, title in (("test", "Test"), ("dev", "Dev, on which the settings were chosen")):
