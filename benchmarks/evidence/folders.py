@@ -1,0 +1,116 @@
+"""Any data as a folder in the field's precomputed form, {train,dev,test}_ims.npy and _caps.txt, made once."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+
+from benchmarks.evidence import families, sources, synthetic
+
+SIZE = 96  # pixels: 9 grid cells of EfficientNet-Lite0
+HELD_OUT = {"icons": (500, 1000), "openclipart": (200, 500), "stamps": (100, 200)}  # about so many for dev, test
+CAPTIONS = {"icons": 2, "openclipart": 1, "stamps": 1, "emoji": 5, "synthetic": 1}
+DATA = tuple(CAPTIONS)
+
+
+def prepare(data: str, cache: Path) -> Path:
+    """The folder of a named data set, made if it is not there; for a path, the path itself.
+
+    Raises:
+        ValueError: neither a name nor a folder.
+        RuntimeError: a package's client failed.
+    """
+    if data not in DATA:
+        if not Path(data).is_dir():
+            raise ValueError(f"--data: expected one of {', '.join(DATA)} or a folder, got {data!r}")
+        return Path(data)
+    if data == "emoji":
+        from emoji_pairs import prepare_emoji_pairs  # examples/, which sources puts on the path
+
+        return prepare_emoji_pairs(cache)
+    folder = cache / f"{data}-pairs"
+    if not (folder / "whole").is_file():
+        folder.mkdir(parents=True, exist_ok=True)
+        if data == "synthetic":
+            synthetic.write(folder)
+        else:
+            _write_source(data, cache, folder)
+        (folder / "whole").touch()
+    return folder
+
+
+def _write_source(data: str, cache: Path, folder: Path) -> None:
+    pictures = [p for p in sources.SOURCES[data](cache) if _can_be_drawn(p.path)]
+    features = np.concatenate(list(_feature_maps([p.path for p in pictures])))  # [n, 9, 1280]
+    listing = families.SPLITS / f"{data}.txt"
+    if not listing.is_file():
+        groups = families.group([p.stem for p in pictures], [p.captions for p in pictures], features.mean(axis=1))
+        dev, test = HELD_OUT[data]
+        families.write(listing, [p.name for p in pictures], families.split(groups, dev=dev, test=test))
+    splits = families.read(listing, [p.name for p in pictures])
+    for name in ("train", "dev", "test"):
+        chosen = np.flatnonzero(splits == name)
+        np.save(folder / f"{name}_ims.npy", features[chosen])
+        captions = [caption for i in chosen for caption in pictures[i].captions]
+        (folder / f"{name}_caps.txt").write_text("\n".join(captions) + "\n", encoding="utf-8")
+        (folder / f"{name}_names.txt").write_text("\n".join(pictures[i].name for i in chosen) + "\n", encoding="utf-8")
+
+
+def _feature_maps(paths: list[Path]):  # type: ignore[no-untyped-def]
+    import emoji_features
+
+    draw = emoji_features.draw
+    emoji_features.draw = _draw
+    try:
+        yield from emoji_features.feature_maps(paths, SIZE)
+    finally:
+        emoji_features.draw = draw
+
+
+def _can_be_drawn(path: Path) -> bool:
+    """False for the few SVG files without a size, which the renderer refuses."""
+    if path.suffix != ".svg":
+        return True
+    try:
+        _draw(path, 8)
+    except ValueError:
+        return False
+    return True
+
+
+def _draw(path: Path, size: int) -> np.ndarray:
+    """Like the examples' ``draw``, of PNG files as well."""
+    from PIL import Image
+
+    Image.MAX_IMAGE_PIXELS = None  # some clip-art is huge; it comes from a package that was chosen
+
+    if path.suffix == ".svg":
+        import io
+
+        import resvg_py
+
+        drawing = Image.open(io.BytesIO(bytes(resvg_py.svg_to_bytes(svg_path=str(path), width=size, height=size))))
+    else:
+        drawing = Image.open(path)
+    drawing = drawing.convert("RGBA")
+    drawing.thumbnail((size, size))
+    picture = Image.new("RGBA", (size, size), "white")
+    picture.alpha_composite(drawing, ((size - drawing.width) // 2, (size - drawing.height) // 2))
+    return np.asarray(picture.convert("RGB"))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Make a data set's folder.")
+    parser.add_argument("data", choices=DATA, nargs="+")
+    parser.add_argument("--cache-dir", type=Path, default=Path("~/.cache/hrem-layers/evidence"))
+    arguments = parser.parse_args()
+    for data in arguments.data:
+        folder = prepare(data, arguments.cache_dir.expanduser())
+        counts = {s: len(np.load(folder / f"{s}_ims.npy", mmap_mode="r")) for s in ("train", "dev", "test")}
+        print(f"{folder}: images {counts}")
+
+
+if __name__ == "__main__":
+    main()

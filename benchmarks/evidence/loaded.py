@@ -1,0 +1,106 @@
+"""A folder in memory, small enough to train on in seconds: principal components of the features, word vectors."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from benchmarks.evidence import sources  # noqa: F401  puts examples/ on the path
+
+COMPONENTS = 256
+
+
+class Split(NamedTuple):
+    """Caption j tells of image ``owner[j]``."""
+
+    images: Tensor  # [n, r, f]
+    tokens: Tensor  # [m, w] rows of the vectors, 0 = padding
+    owner: Tensor  # [m]
+
+    @property
+    def mask(self) -> Tensor:
+        return self.tokens > 0
+
+
+class Loaded(NamedTuple):
+    train: Split
+    dev: Split
+    test: Split
+    vectors: Tensor  # [words + 1, d]; row 0 is padding
+
+
+def load(folder: Path, captions_per_image: int, *, noise: float = 0.0, share: float = 1.0) -> Loaded:
+    """
+    Args:
+        folder: in the field's precomputed form; ``word_vectors.npz`` is used if it is there, else WordLlama's.
+        captions_per_image: of every split.
+        noise: share of the training captions that are shuffled among the images, in [0, 1].
+        share: share of the training images that are kept, in (0, 1].
+    """
+    from pair_data import load_pairs
+    from text_tokens import words
+
+    pairs = {name: load_pairs(folder, name, captions_per_image) for name in ("train", "dev", "test")}
+    said = {name: [words(c) or ["unknown"] for c in p.captions] for name, p in pairs.items()}
+    listed = sorted({w for captions in said.values() for c in captions for w in c})
+    row = {w: i for i, w in enumerate(listed, start=1)}
+    vectors = torch.from_numpy(_vectors(folder, listed))
+    project = None
+    out = {}
+    for name, p in pairs.items():
+        chosen = np.arange(p.num_images)
+        if name == "train" and share < 1:
+            chosen = np.sort(np.random.default_rng(0).permutation(chosen)[: max(1, round(share * len(chosen)))])
+        features = p.features[:: p.rows_per_image][chosen]
+        project = project or _principal_components(features)
+        captions = [c for i in chosen for c in said[name][i * captions_per_image : (i + 1) * captions_per_image]]
+        tokens = torch.zeros(len(captions), min(32, max(map(len, captions))), dtype=torch.long)
+        for i, caption in enumerate(captions):
+            ids = [row[w] for w in caption[: tokens.shape[1]]]
+            tokens[i, : len(ids)] = torch.tensor(ids)
+        if name == "train" and noise:
+            tokens = _shuffled(tokens, noise)
+        out[name] = Split(project(features), tokens, torch.arange(len(captions)) // captions_per_image)
+    return Loaded(out["train"], out["dev"], out["test"], vectors)
+
+
+def _shuffled(tokens: Tensor, noise: float) -> Tensor:
+    """Each of the chosen captions moves to the place of another chosen one; the same for every seed and row."""
+    random = np.random.default_rng(0)
+    chosen = random.permutation(len(tokens))[: round(noise * len(tokens))]
+    out = tokens.clone()
+    out[torch.from_numpy(np.roll(chosen, 1))] = tokens[torch.from_numpy(chosen)]
+    return out
+
+
+def _vectors(folder: Path, listed: list[str]) -> np.ndarray:
+    """(len(listed) + 1, d) float32 of mean square 1; words without a vector get zeros."""
+    from emoji_features import word_vectors
+
+    path = folder / "word_vectors.npz"
+    if not path.is_file():
+        known, values = word_vectors(listed)
+        np.savez(path, words=known, vectors=values)
+    with np.load(path, allow_pickle=False) as archive:
+        table = dict(zip(archive["words"].tolist(), archive["vectors"].astype(np.float32), strict=True))
+    width = len(next(iter(table.values())))
+    out = np.stack([np.zeros(width, np.float32), *(table.get(w, np.zeros(width, np.float32)) for w in listed)])
+    return out / np.sqrt((out**2).mean())
+
+
+def _principal_components(features: np.ndarray):  # type: ignore[no-untyped-def]
+    """The map (n, R, F) -> (n, R, min(F, 256)) float32 of mean square 1 that these features make."""
+    flat = np.asarray(features[:: max(1, len(features) // 2000)], dtype=np.float64).reshape(-1, features.shape[-1])
+    mean = flat.mean(axis=0)
+    values, axes = np.linalg.eigh(np.cov((flat - mean).T))
+    axes = axes[:, -COMPONENTS:] / np.sqrt(values[-COMPONENTS:].clip(min=0).mean())
+
+    def project(x: np.ndarray) -> Tensor:
+        parts = [(x[i : i + 500] - mean) @ axes for i in range(0, len(x), 500)]
+        return torch.from_numpy(np.concatenate(parts).astype(np.float32))
+
+    return project

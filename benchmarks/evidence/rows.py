@@ -1,0 +1,88 @@
+"""What is compared: the rows of the table."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import Tensor, nn
+
+from hrem_layers import AssociationGraph, RelationInteraction
+from hrem_layers._core.numerics import l2_normalize
+from hrem_layers.relations import RelationGraph
+
+
+@dataclass(frozen=True)
+class Row:
+    pair: str = "triplet"  # or "infonce"
+    batch_factor: int = 1
+    neighbors: str = ""  # "", "all", "half" of the epochs
+    images_per_cluster: int | None = None  # None: of the settings
+    relations: bool = False
+    mechanism: str = "fusion"
+    alignment: str = "cosine"
+    start: str = "residual"  # "residual": plain embedding + interaction; "bare": the interaction alone
+    exclude_positives: bool = False
+    everyone_connected: bool = False  # ablation of A
+    relevance: bool = True  # ablation of S
+    regularization: bool = True
+    cross: bool = True
+
+    def hrem_options(self, dim: int, settings: dict[str, Any]) -> dict[str, Any]:
+        graph: dict[str, Any] = {"alignment": self.alignment}
+        if self.exclude_positives:
+            if "exclude_positives" not in inspect.signature(AssociationGraph).parameters:
+                raise ValueError("row: expected an AssociationGraph with exclude_positives, got one without")
+            graph["exclude_positives"] = True
+        if self.everyone_connected:
+            graph["neighbor_ratio"] = 1.0
+        interaction: nn.Module = RelationInteraction(
+            dim, mechanism=self.mechanism, dropout=settings["dropout"], relation_weight=float(self.relevance)
+        )
+        if self.start == "residual":
+            interaction = Residual(interaction)
+        weight = settings["relation_weight"]
+        return {
+            "graph": AssociationGraph(**graph),
+            "interaction": interaction,
+            "enhanced_weight": weight,
+            "cross_weight": weight * self.cross,
+            "regularization_weight": 10 * weight * self.regularization,
+        }
+
+
+class Residual(nn.Module):
+    """v̄ = v/‖v‖ + w/‖w‖, w what the interaction makes of v: a collapsed interaction leaves v within v̄."""
+
+    def __init__(self, interaction: RelationInteraction) -> None:
+        super().__init__()
+        self.interaction, self.embed_dim = interaction, interaction.embed_dim
+
+    def forward(self, image_embedding: Tensor, text_embedding: Tensor, graph: RelationGraph) -> tuple[Tensor, Tensor]:
+        v, u = self.interaction(image_embedding, text_embedding, graph)
+        return l2_normalize(image_embedding) + l2_normalize(v), l2_normalize(text_embedding) + l2_normalize(u)
+
+
+_RELATIONS = Row(relations=True)
+_TRIPLET = {
+    "base": Row(),
+    "base_large_batch": Row(batch_factor=4),
+    "neighbors_all": Row(neighbors="all"),
+    "neighbors_half": Row(neighbors="half"),
+    "neighbors_half_k4": Row(neighbors="half", images_per_cluster=4),
+    "neighbors_half_k16": Row(neighbors="half", images_per_cluster=16),
+    "relations": _RELATIONS,
+    "relations_bare": replace(_RELATIONS, start="bare"),
+    "relations_standalone": replace(_RELATIONS, mechanism="standalone"),
+    "relations_scan": replace(_RELATIONS, alignment="scan"),
+    "relations_exclude": replace(_RELATIONS, exclude_positives=True),
+    "relations_no_A": replace(_RELATIONS, everyone_connected=True),
+    "relations_no_S": replace(_RELATIONS, relevance=False),
+    "relations_no_reg": replace(_RELATIONS, regularization=False),
+    "relations_no_cross": replace(_RELATIONS, cross=False),
+    "both": replace(_RELATIONS, neighbors="half"),
+}
+ROWS = {name + ending: replace(row, pair=pair) for pair, ending in (("triplet", ""), ("infonce", "_infonce"))
+        for name, row in _TRIPLET.items()}  # fmt: skip
+ROWS["recipe"] = ROWS["neighbors_half"]

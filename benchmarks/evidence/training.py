@@ -1,0 +1,128 @@
+"""One training: two small encoders, any row's loss and batches; and what it retrieves."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from benchmarks.evidence.loaded import Loaded, Split
+from benchmarks.evidence.rows import Row
+from hrem_layers import FragmentRelation, HREMLoss, InfoNCELoss, NeighborBatchSampler, TripletLoss, retrieval_metrics
+from hrem_layers._core.numerics import cosine_matrix, l2_normalize
+
+DIM, HEADS = 128, 8
+
+
+class Encoder(nn.Module):
+    """Fragments -> linear -> FragmentRelation."""
+
+    def __init__(self, width: int, dropout: float) -> None:
+        super().__init__()
+        self.linear = nn.Linear(width, DIM)
+        self.relation = FragmentRelation(DIM, num_heads=HEADS, dropout=dropout)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        fragments = self.linear(x)
+        return self.relation(fragments, mask), fragments
+
+
+class Pair(nn.Module):
+    """Both encoders; the word vectors stay as they are and are no part of the state."""
+
+    def __init__(self, data: Loaded, dropout: float) -> None:
+        super().__init__()
+        self.image = Encoder(data.train.images.shape[2], dropout)
+        self.text = Encoder(data.vectors.shape[1], dropout)
+        self.register_buffer("vectors", data.vectors, persistent=False)
+
+    def forward(self, images: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        v, regions = self.image(images)
+        u, words = self.text(self.vectors[tokens], tokens > 0)
+        return v, u, regions, words
+
+    @torch.no_grad()
+    def embed(self, split: Split) -> tuple[Tensor, Tensor]:
+        self.eval()
+        v = torch.cat([self.image(x)[0] for x in split.images.split(500)])
+        u = torch.cat([self.text(self.vectors[t], t > 0)[0] for t in split.tokens.split(500)])
+        return v, u
+
+
+class Trained(NamedTuple):
+    model: Pair
+    seconds: float
+
+
+def train(data: Loaded, row: Row, settings: dict[str, Any], *, seed: int, epochs: int) -> Trained:
+    """``epochs`` passes over the images, one caption each; the learning rate falls linearly to 0."""
+    start = time.process_time()
+    torch.manual_seed(seed)
+    model = Pair(data, settings["dropout"]).train()
+    loss = make_loss(row, settings)
+    parameters = [*model.parameters(), *loss.parameters()]
+    optimizer = torch.optim.AdamW(parameters, lr=settings["lr"], weight_decay=1e-4)
+    batches = list(make_batches(data.train, row, settings, seed=seed, epochs=epochs))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / len(batches))
+    for i in batches:
+        owner = data.train.owner[i]
+        tokens = data.train.tokens[i]
+        tokens = tokens[:, : int((tokens > 0).sum(dim=1).max())]
+        v, u, regions, words = model(data.train.images[owner], tokens)
+        if isinstance(loss, HREMLoss):
+            total = loss(v, u, regions, words, None, tokens > 0, owner)
+        else:
+            total = loss(cosine_matrix(l2_normalize(v), l2_normalize(u)), owner.unsqueeze(1) == owner)
+        optimizer.zero_grad()
+        total.backward()
+        if settings["clip"]:
+            nn.utils.clip_grad_norm_(parameters, settings["clip"])
+        optimizer.step()
+        schedule.step()
+    return Trained(model, time.process_time() - start)
+
+
+def make_loss(row: Row, settings: dict[str, Any]) -> nn.Module:
+    pair: nn.Module
+    if row.pair == "infonce":
+        pair = InfoNCELoss(settings["temperature"])
+    else:
+        pair = TripletLoss(settings["margin"], reduction="mean")
+    if not row.relations:
+        return pair
+    return HREMLoss(DIM, pair_loss=pair, **row.hrem_options(DIM, settings))
+
+
+def make_batches(split: Split, row: Row, settings: dict[str, Any], *, seed: int, epochs: int) -> Iterator[Tensor]:
+    """Indices of captions. Neighbour batches start after the first half where the row says "half"."""
+    n, size = len(split.images), settings["batch"] * row.batch_factor
+    per_image = len(split.tokens) // n
+    sampler = None
+    if row.neighbors:
+        k = row.images_per_cluster or settings["images_per_cluster"]
+        means = split.images.mean(dim=1).numpy()
+        sampler = NeighborBatchSampler(
+            means, clusters_per_batch=size // k, images_per_cluster=k, captions_per_image=per_image, seed=seed
+        )
+    g = torch.Generator().manual_seed(seed)
+    steps = max(1, n // size)
+    for epoch in range(epochs):
+        if sampler is not None and (row.neighbors == "all" or epoch >= epochs // 2):
+            sampler.set_epoch(epoch)
+            for _, batch in zip(range(steps), sampler, strict=False):
+                yield torch.tensor(batch)
+        else:
+            order = torch.randperm(n, generator=g)
+            captions = order * per_image + torch.randint(per_image, (n,), generator=g)
+            yield from (captions[i * size : (i + 1) * size] for i in range(steps))
+
+
+def evaluate(v: Tensor, u: Tensor, owner: Tensor) -> dict[str, float]:
+    """The columns of a result line, recalls in percent."""
+    m = retrieval_metrics(v, u, image_ids=torch.arange(len(v)), text_ids=owner)
+    out = {f"{way}_{k}": getattr(getattr(m, way), k) for way in ("i2t", "t2i") for k in ("r1", "r5", "r10")}
+    return {"rsum": float(np.sum(list(out.values()))), **out}

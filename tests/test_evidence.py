@@ -1,0 +1,241 @@
+"""The instrument of benchmarks/evidence: statistics, store, splits, and a tiny run from search to tables."""
+
+import csv
+import json
+import math
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from benchmarks.evidence import collapse, families, read_test, store, synthetic, tables
+from benchmarks.evidence.__main__ import draw_settings, label, run
+from benchmarks.evidence.graph_quality import measure, percentile_of_own
+from benchmarks.evidence.loaded import load
+from benchmarks.evidence.rows import ROWS
+from benchmarks.evidence.statistics import paired, summarize, t_cdf, t_quantile
+from benchmarks.evidence.training import Pair, evaluate, make_batches
+
+TINY = {"sizes": (80, 40, 40), "regions": 5, "dim": 16}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("pairs")
+    synthetic.write(path, **TINY)
+    return path
+
+
+@pytest.fixture(scope="module")
+def data(folder):
+    return load(folder, 1)
+
+
+# ---------------------------------------------------------------- statistics
+@pytest.mark.parametrize(
+    ("p", "df", "expected"), [(0.975, 1, 12.7062), (0.975, 2, 4.30265), (0.975, 7, 2.36462), (0.8, 7, 0.89603)]
+)
+def test_t_quantile_is_that_of_the_printed_tables(p, df, expected):
+    assert t_quantile(p, df) == pytest.approx(expected, rel=1e-5)
+    assert t_quantile(1 - p, df) == pytest.approx(-expected, rel=1e-5)
+
+
+def test_t_cdf_is_cauchys_for_one_degree_of_freedom():
+    for t in (-3.0, -0.1, 0.0, 2.0):
+        assert t_cdf(t, 1) == pytest.approx(0.5 + math.atan(t) / math.pi)
+
+
+def test_paired_difference_by_hand():
+    d = paired([3.0, 5.0, 10.0], [1.0, 2.0, 6.0])  # differences 2, 3, 4: mean 3, sd 1
+    assert d.mean == pytest.approx(3)
+    assert d.half == pytest.approx(4.30265 / math.sqrt(3), rel=1e-5)
+    assert d.detectable == pytest.approx((4.30265 + 1.06066) / math.sqrt(3), rel=1e-5)
+
+
+def test_single_values_have_no_interval():
+    assert math.isnan(summarize([1.0]).error)
+    assert math.isnan(paired([1.0], [0.0]).half)
+    with pytest.raises(ValueError, match="at least one"):
+        summarize([])
+    with pytest.raises(ValueError, match="equal lengths"):
+        paired([1.0], [])
+
+
+# ---------------------------------------------------------------- store
+def line(**changes):
+    values = {
+        "data": "d", "row": "base", "seed": 1, "split": "dev", "metrics": dict.fromkeys(store.METRICS, 1.0),
+        "settings": {"lr": 0.1}, "seconds": 2.0, "commit": "abc",
+    }  # fmt: skip
+    return store.Line(**{**values, **changes})
+
+
+def test_lines_come_back_as_they_were_written(tmp_path):
+    path = tmp_path / "r.csv"
+    store.append(path, [line()])
+    store.append(path, [line(seed=2, settings={"a": [1, "x,y"]})])
+    assert store.read(path) == [line(), line(seed=2, settings={"a": [1, "x,y"]})]
+    assert tuple(path.read_text().splitlines()[0].split(",")) == store.COLUMNS
+
+
+def test_unfinished_last_line_is_dropped_and_overwritten(tmp_path):
+    path = tmp_path / "r.csv"
+    store.append(path, [line()])
+    with path.open("a") as file:
+        file.write("d,base,2,dev,1.0,")
+    assert store.read(path) == [line()]
+    store.append(path, [line(seed=3)])
+    assert [x.seed for x in store.read(path)] == [1, 3]
+
+
+def test_other_columns_are_refused(tmp_path):
+    path = tmp_path / "r.csv"
+    path.write_text("a,b\n1,2\n")
+    with pytest.raises(ValueError, match="expected the columns data,row"):
+        store.read(path)
+
+
+# ---------------------------------------------------------------- splits
+def test_families_are_connected_over_stems_captions_and_pictures():
+    features = np.random.default_rng(0).standard_normal((6, 64))
+    features[4] = features[5] + 1e-3
+    got = families.group(["a", "a", "b", "c", "d", "e"], [["x"], ["y"], ["q p"], ["p q"], ["r"], ["s"]], features)
+    assert got[0] == got[1] and got[2] == got[3] and got[4] == got[5]
+    assert len(set(got.tolist())) == 3
+
+
+def test_split_keeps_families_whole_and_its_file_is_checked(tmp_path):
+    random = np.random.default_rng(0)
+    group = random.integers(200, size=600)
+    splits = families.split(group, dev=60, test=120)
+    for family in set(group.tolist()):
+        assert len(set(splits[group == family].tolist())) == 1
+    assert 120 <= (splits == "test").sum() <= 135 and 60 <= (splits == "dev").sum() <= 75
+    names = [f"n{i}" for i in range(600)]
+    families.write(tmp_path / "s.txt", names, splits)
+    assert (families.read(tmp_path / "s.txt", names) == splits).all()
+    with pytest.raises(ValueError, match="sha256"):
+        families.read(tmp_path / "s.txt", [*names[:-1], "another"])
+
+
+@pytest.mark.parametrize("path", sorted(families.SPLITS.glob("*.txt")), ids=lambda p: p.stem)
+def test_split_files_of_the_repository_are_sound(path):
+    first, *rest = path.read_text(encoding="utf-8").splitlines()
+    assert first.startswith("# sha256 ")
+    splits, names = zip(*(row.split("\t") for row in rest), strict=True)
+    assert set(splits) == {"dev", "test"} and len(set(names)) == len(names)
+
+
+# ---------------------------------------------------------------- data and batches
+def test_noise_moves_the_asked_share_of_training_captions_and_no_others(folder, data):
+    noisy = load(folder, 1, noise=0.5)
+    moved = (noisy.train.tokens != data.train.tokens).any(dim=1)
+    assert 35 <= moved.sum() <= 40  # of 80; equal captions may change places
+    assert sorted(noisy.train.tokens.tolist()) == sorted(data.train.tokens.tolist())
+    assert torch.equal(noisy.test.tokens, data.test.tokens)
+
+
+def test_share_keeps_images_with_their_captions(folder, data):
+    few = load(folder, 1, share=0.25)
+    assert len(few.train.images) == len(few.train.tokens) == 20
+    assert torch.equal(few.train.owner, torch.arange(20))
+    whole = {tuple(t) for t in data.train.tokens.tolist()}
+    assert {tuple(t) for t in few.train.tokens.tolist()} <= whole
+
+
+@pytest.mark.parametrize("row", ["base", "base_large_batch", "neighbors_all", "neighbors_half"])
+def test_rows_see_as_many_samples_and_no_image_twice_in_a_batch(data, row):
+    settings = {"batch": 8, "images_per_cluster": 4}
+    batches = list(make_batches(data.train, ROWS[row], settings, seed=0, epochs=4))
+    assert {len(b) for b in batches} == {8 * ROWS[row].batch_factor}
+    assert all(len(set(data.train.owner[b].tolist())) == len(b) for b in batches)
+    assert 256 <= sum(map(len, batches)) <= 320
+
+
+def test_evaluation_knows_a_perfect_model():
+    v = torch.eye(12)
+    got = evaluate(v, v.repeat_interleave(2, dim=0), torch.arange(24) // 2)
+    assert tuple(got) == store.METRICS and set(got.values()) == {600.0, 100.0}
+
+
+def test_settings_are_the_same_for_everyone():
+    assert draw_settings(3) == draw_settings(3) != draw_settings(4)
+
+
+def test_label_names_the_regime():
+    assert label("icons", noise=0.4, share=1) == "icons+noise40"
+    assert label("icons", noise=0, share=0.25) == "icons+share25"
+
+
+# ---------------------------------------------------------------- the whole way
+def test_run_is_resumed_read_once_and_tabled(tmp_path, data, monkeypatch):
+    results, readings = tmp_path / "results.csv", tmp_path / "readings.csv"
+    monkeypatch.setattr("benchmarks.evidence.__main__.draw_settings", lambda n: {**draw_settings(n), "batch": 16})
+    options = {"seeds": 2, "budget": 2, "epochs": 2, "results": results, "cache": tmp_path}
+    rows = ["base", "relations"]
+    run(data, "tiny", rows, **options)
+    lines = store.read(results)
+    assert len(lines) == 2 * (2 + 2)
+    run(data, "tiny", rows, **options)
+    assert store.read(results) == lines  # nothing is trained twice
+
+    # the training that was lost comes again, and gives the same
+    text = results.read_text().splitlines(keepends=True)
+    results.write_text("".join(text[:-1]))
+    run(data, "tiny", rows, **options)
+    again = store.read(results)
+    assert [x.key for x in again] == [x.key for x in lines] and again[-1].metrics == lines[-1].metrics
+
+    chosen = {x.row: x.settings for x in lines if x.split == "dev"}
+    for row in rows:
+        best = max((x for x in lines if (x.row, x.split) == (row, "search")), key=lambda x: x.metrics["rsum"])
+        assert chosen[row] == best.settings
+        read_test.read_row(data, "tiny", row, results=results, readings=readings, cache=tmp_path)
+        with pytest.raises(RuntimeError, match="once is all"):
+            read_test.read_row(data, "tiny", row, results=results, readings=readings, cache=tmp_path)
+    with readings.open() as file:
+        assert [(r["row"], r["seeds"]) for r in csv.DictReader(file)] == [("base", "1 2"), ("relations", "1 2")]
+
+    tables.main(["--results", str(results), "--docs", str(tmp_path)])
+    page = (tmp_path / "results.md").read_text()
+    d = tables.difference(store.read(results), "tiny", "relations", "test")
+    assert f"{d.mean:+.1f} ± {d.half:.1f}" in page
+    assert "| `base` | 2 |" in page and "near" in page and (tmp_path / "results.svg").stat().st_size > 0
+
+
+def test_missing_weights_and_rows_are_named(tmp_path, data):
+    where = {"results": tmp_path / "r.csv", "readings": tmp_path / "x.csv", "cache": tmp_path}
+    with pytest.raises(RuntimeError, match="expected trainings"):
+        read_test.read_row(data, "tiny", "base", **where)
+    store.append(where["results"], [line(data="tiny")])
+    with pytest.raises(RuntimeError, match="expected the weights"):
+        read_test.read_row(data, "tiny", "base", **where)
+
+
+def test_subset_of_everything_is_the_whole():
+    torch.manual_seed(0)
+    v, u, owner = torch.randn(12, 4), torch.randn(24, 4), torch.arange(24) // 2
+    everyone = torch.ones(12, dtype=torch.bool), torch.ones(24, dtype=torch.bool)
+    assert read_test.evaluate_subset(v, u, owner, *everyone) == pytest.approx(evaluate(v, u, owner))
+
+
+def test_percentile_of_own():
+    p = torch.tensor([[2.0, 1.0, 0.0], [3.0, 3.0, 0.0], [1.0, 1.0, 0.0]])
+    assert percentile_of_own(p) == pytest.approx((2 + 1.5 + 0) / 6)
+
+
+def test_graph_quality_of_pairs_that_share_their_fragments(data, monkeypatch):
+    monkeypatch.setattr("benchmarks.evidence.graph_quality.BATCH", 20)
+    torch.manual_seed(0)
+    found = measure(Pair(data, 0.0), data.dev, "cosine")
+    assert all(-1 <= x <= 1 for x in found.values()) and json.dumps(found)
+
+
+@pytest.mark.parametrize("start", ["base", "library", "residual", "centred", "zero", "tenth"])
+def test_every_start_of_the_study_of_collapse_trains(data, start):
+    got = collapse.train_start(data, start, "hardest-mean", lr=1e-3, clip=2, seed=0, steps=2, batch=16)
+    assert 0 <= got["rsum"] <= 600 and math.isnan(got["cosine"]) == (start == "base")
