@@ -16,11 +16,13 @@ RELEASE = {
     "epochs": 30, "batch_size": 128, "embed_dim": 1024, "num_heads": 16, "lr": 5e-4, "lr_steps": [15, 25],
     "warmup_steps": 8000, "vocabulary_min_count": 4, "checkpoint_every": 500, "text_encoder": "bert",
     "open_vocabulary": False, "word_lr_factor": 1.0, "pair_loss": "triplet", "alignment": "scan",
+    "residual": False,
 }  # fmt: skip
 DEMO = {
     "epochs": 6, "batch_size": 128, "embed_dim": 256, "num_heads": 8, "lr": 1e-3, "lr_steps": [4],
     "warmup_steps": 100, "vocabulary_min_count": 1, "checkpoint_every": 50, "text_encoder": "bigru",
     "open_vocabulary": True, "word_lr_factor": 0.2, "pair_loss": "infonce", "alignment": "cosine",
+    "residual": True,
 }  # fmt: skip
 # Options in which a resumed run may differ from the run that it resumes without changing its numbers. The data
 # themselves are compared by their content.
@@ -77,6 +79,8 @@ def make_parser() -> Parser:
     add("--mechanism", "relation interaction; none trains the encoders alone", default="fusion",
         choices=["fusion", "standalone", "none"])  # fmt: skip
     add("--alignment", "how regions and words are compared for the graph", choices=["scan", "cosine", "dot"])
+    add("--residual", "add the plain embedding to the enhanced one (the release does not); keeps it from collapsing",
+        action=argparse.BooleanOptionalAction)  # fmt: skip
     add("--pair-loss", "loss on the pairs of the batch", choices=["triplet", "infonce"])
     add("--negatives", "triplet: how negatives are chosen", default="distance_weighted",
         choices=["distance_weighted", "hardest", "all", "expected"])  # fmt: skip

@@ -122,6 +122,7 @@ def build(arguments: argparse.Namespace, feature_dim: int, words: Words) -> Buil
                 mechanism=arguments.mechanism,
                 num_heads=arguments.num_heads,
                 dropout=arguments.dropout,
+                residual=arguments.residual,
             ),
             pair_loss=pair_loss,
             warmup_steps=arguments.warmup_steps,

@@ -21,7 +21,6 @@ from torch import Tensor, nn
 from benchmarks.evidence import folders, store
 from benchmarks.evidence.__main__ import CACHE
 from benchmarks.evidence.loaded import Loaded, load
-from benchmarks.evidence.rows import Residual
 from benchmarks.evidence.training import DIM, Pair, evaluate
 from hrem_layers import AssociationGraph, HREMLoss, InfoNCELoss, RelationInteraction, TripletLoss
 from hrem_layers._core.numerics import cosine_matrix, l2_normalize
@@ -65,13 +64,13 @@ def pair_loss(name: str) -> nn.Module:
 def hrem_loss(start: str, pair: nn.Module) -> HREMLoss:
     if start == "library":
         return HREMLoss(DIM, pair_loss=pair)
-    inner = RelationInteraction(DIM)
+    inner = RelationInteraction(DIM, residual=start.startswith("residual"))
     if start == "zero":
         with torch.no_grad():
             for layer in inner.layers:
                 for p in (layer.self_attn.out_proj.weight, layer.linear2.weight, layer.linear2.bias):  # type: ignore[union-attr]
                     p.zero_()  # type: ignore[operator]
-    wrap = Residual if start.startswith("residual") else Centred if start == "centred" else None
+    wrap = Centred if start == "centred" else None
     weight = 0.5 if start == "residual_half" else 1.0
     return HREMLoss(
         DIM, graph=AssociationGraph(alignment="cosine"), interaction=inner if wrap is None else wrap(inner),

@@ -6,11 +6,7 @@ import inspect
 from dataclasses import dataclass, replace
 from typing import Any
 
-from torch import Tensor, nn
-
 from hrem_layers import AssociationGraph, RelationInteraction
-from hrem_layers._core.numerics import l2_normalize
-from hrem_layers.relations import RelationGraph
 
 
 @dataclass(frozen=True)
@@ -37,11 +33,13 @@ class Row:
             graph["exclude_positives"] = True
         if self.everyone_connected:
             graph["neighbor_ratio"] = 1.0
-        interaction: nn.Module = RelationInteraction(
-            dim, mechanism=self.mechanism, dropout=settings["dropout"], relation_weight=float(self.relevance)
+        interaction = RelationInteraction(
+            dim,
+            mechanism=self.mechanism,
+            dropout=settings["dropout"],
+            relation_weight=float(self.relevance),
+            residual=self.start == "residual",
         )
-        if self.start == "residual":
-            interaction = Residual(interaction)
         weight = settings["relation_weight"]
         return {
             "graph": AssociationGraph(**graph),
@@ -50,18 +48,6 @@ class Row:
             "cross_weight": weight * self.cross,
             "regularization_weight": 10 * weight * self.regularization,
         }
-
-
-class Residual(nn.Module):
-    """v̄ = v/‖v‖ + w/‖w‖, w what the interaction makes of v: a collapsed interaction leaves v within v̄."""
-
-    def __init__(self, interaction: RelationInteraction) -> None:
-        super().__init__()
-        self.interaction, self.embed_dim = interaction, interaction.embed_dim
-
-    def forward(self, image_embedding: Tensor, text_embedding: Tensor, graph: RelationGraph) -> tuple[Tensor, Tensor]:
-        v, u = self.interaction(image_embedding, text_embedding, graph)
-        return l2_normalize(image_embedding) + l2_normalize(v), l2_normalize(text_embedding) + l2_normalize(u)
 
 
 _RELATIONS = Row(relations=True)
