@@ -40,8 +40,9 @@ def measure(model: Pair, split: Split, alignment: str) -> dict[str, float]:
     """Means over the batches of the split, the first caption of each image. Keys are the numeric columns."""
     model.eval()
     found = []
-    for start in range(0, len(split.images) - BATCH + 1, BATCH):
-        images = torch.arange(start, start + BATCH)
+    size = min(BATCH, len(split.images))
+    for start in range(0, len(split.images) - size + 1, size):
+        images = torch.arange(start, start + size)
         tokens = split.tokens[torch.searchsorted(split.owner, images)]
         _, _, regions, words = model(split.images[images], tokens)
         mask = tokens > 0

@@ -150,7 +150,7 @@ def quality_section(path: Path) -> str:
         rows = list(csv.DictReader(file))
     out = [
         "\n## What the graph knows: `scan` and `cosine`\n",
-        "Of p, the mean alignment, in batches of 128 pairs of the dev split: the percentile of an image's own text "
+        "Of p, the mean alignment, in batches of 128 pairs of dev (or all): the percentile of an image's own text "
         "among the texts of the batch (1 = first, 0.5 = chance) and likewise of a text's own image, and the "
         "correlation of p with the caption's length. Encoders as initialised, and as the base trains them "
         "(`python -m benchmarks.evidence.graph_quality`).\n",
