@@ -175,6 +175,12 @@ class HREMLoss(nn.Module):
             f"{self.embed_dim}, enhanced_weight={self.enhanced_weight}, cross_weight={self.cross_weight}, "
             f"regularization_weight={self.regularization_weight}, warmup_steps={self.warmup_steps}, "
             f"gather_distributed={self.gather_distributed}"
+            # modules are printed below, like graph and interaction
+            + "".join(
+                f", {name}={getattr(self, name)!r}"
+                for name in ("pair_loss", "enhanced_pair_loss", "cross_pair_loss")
+                if not isinstance(getattr(self, name), nn.Module)
+            )
         )
 
     def relation_parameters(self) -> Iterator[nn.Parameter]:
@@ -325,8 +331,9 @@ class HREMLoss(nn.Module):
     def _base_terms(self, batch: Batch) -> HREMTerms:
         base = _pair("pair_loss", self.pair_loss, cosine_matrix(*batch[:2]), self._positives(batch))
         total = base
-        if is_distributed() and torch.is_grad_enabled():
-            # DistributedDataParallel waits for the gradient of every parameter: zeros, whatever the parameters hold
+        if (self.gather_distributed or is_distributed()) and torch.is_grad_enabled():
+            # DistributedDataParallel waits for the gradient of every parameter: zeros, whatever the parameters hold;
+            # with gather_distributed in one process too, so that an optimizer makes the same of it in one and in many
             reached = (p for p in self.relation_parameters() if p.requires_grad)
             total = _ReachAll.apply(base, *reached)  # type: ignore[no-untyped-call]
         zero = torch.zeros_like(base)

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 import hrem_layers.distributed
 import hrem_layers.graph
-from hrem_layers import AssociationGraph, HREMLoss, InfoNCELoss, RelationInteraction, TripletLoss
+from hrem_layers import ALONE, AssociationGraph, HREMLoss, InfoNCELoss, RelationInteraction, TripletLoss
 from hrem_layers._core.masked import masked_mean
 
 EMBED, RAW = 8, 5
@@ -78,11 +78,14 @@ class Model(nn.Module):
 
 
 class WholeGraph(AssociationGraph):
-    """A graph module that knows nothing of shares: it must get the fragments of all processes."""
+    """A graph module of the user's own that shares no work: it asks for the fragments of all processes."""
 
-    def forward(self, v, u, r, c, r_mask=None, c_mask=None):
+    def forward(self, v, u, r, c, r_mask=None, c_mask=None, *, exchange=ALONE, **options):
+        # all of them do the same with what is gathered, so each row's gradient is complete on every process
+        r, r_mask = exchange.gather_fragments("image", r, r_mask)
+        c, c_mask = exchange.gather_fragments("text", c, c_mask)
         assert v.shape[0] == r.shape[0] == c.shape[0]
-        return super().forward(v, u, r, c, r_mask, c_mask)
+        return super().forward(v, u, r, c, r_mask, c_mask, **options)
 
 
 def ragged(world: int, *, widest_images: int = 4) -> list[tuple[Tensor | None, ...]]:
@@ -359,7 +362,7 @@ REFUSED = {
     "fewer_texts_than_images": ("text_embedding must have shape", 1, lambda x: x[:-1]),
     "embedding_of_another_dtype": ("image_embedding must have the same dtype", 0, lambda x: x.float()),
     "fragments_of_another_dtype": ("text_fragments must have the same dtype", 3, lambda x: x.float()),
-    "fragments_of_another_size": ("image_fragments must have the same size F", 2, lambda x: x[:, :, :-1]),
+    "fragments_of_another_size": ("text_fragments must have shape", 2, lambda x: x[:, :, :-1]),
     "fragments_of_other_items": ("image_fragments must have shape", 2, lambda x: x[:-1]),
     "no_fragments": ("text_fragments must be at least 1 wide", 3, lambda x: x[:, :0]),
     "integer_fragments": ("text_fragments must be a floating-point", 3, lambda x: x.long()),

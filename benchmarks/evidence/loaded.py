@@ -55,7 +55,7 @@ def load(folder: Path, captions_per_image: int, *, noise: float = 0.0, share: fl
         chosen = np.arange(p.num_images)
         if name == "train" and share < 1:
             chosen = np.sort(np.random.default_rng(0).permutation(chosen)[: max(1, round(share * len(chosen)))])
-        features = p.features[:: p.rows_per_image][chosen]
+        features = np.stack([p.features.row(int(i) * p.rows_per_image) for i in chosen])
         project = project or _principal_components(features)
         captions = [c for i in chosen for c in said[name][i * captions_per_image : (i + 1) * captions_per_image]]
         tokens = torch.zeros(len(captions), min(32, max(map(len, captions))), dtype=torch.long)

@@ -110,13 +110,14 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 
 def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-    images, texts, *_ = ctx.saved_tensors
+    saved = ctx.saved_tensors  # read once: under activation checkpointing a second look is an error
+    images, texts, *_ = saved
     shapes = _score_shapes(images, texts, ctx.topk)
     given = (
         images.new_zeros(shape, dtype=compute_dtype(ctx.dtype)) if grad is None else grad
         for grad, shape in zip(grads, shapes, strict=False)
     )
-    return *align_backward_op(*ctx.saved_tensors, *given, *ctx.options), *[None] * 8
+    return *align_backward_op(*saved, *given, *ctx.options), *[None] * 8
 
 
 align_op.register_autograd(_backward, setup_context=_setup_context)

@@ -109,7 +109,8 @@ class _SumOverAnchors(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-        known, tensors = ctx.saved_tensors[: 1 + ctx.shared], ctx.saved_tensors[1 + ctx.shared :]
+        saved = ctx.saved_tensors  # read once: under activation checkpointing a second look is an error
+        known, tensors = saved[: 1 + ctx.shared], saved[1 + ctx.shared :]
         nothing = (None,) * (len(tensors) - 2 - ctx.shared)
         if grad is None:
             return (None,) * (3 + len(tensors))
