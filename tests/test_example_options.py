@@ -59,7 +59,7 @@ OUT_OF_RANGE = {
 }
 NO_RANGE = {
     "--data-dir", "--cache-dir", "--output-dir", "--five-fold", "--bert", "--word-vectors", "--open-vocabulary",
-    "--resume", "--eval-only", "--help",
+    "--resume", "--eval-only", "--help", "--residual",
 }  # fmt: skip
 
 
@@ -148,7 +148,8 @@ def test_a_damaged_bert_is_one_line(data: Path, tmp_path: Path, capsys: pytest.C
 
 def test_zero_switches_off(data: Path, tmp_path: Path) -> None:
     zeros = ("--grad-clip", "0", "--warmup-steps", "0", "--checkpoint-every", "0", "--log-every", "0", "--dropout", "0",
-             "--weight-decay", "0", "--region-drop", "0", "--word-drop", "0", "--word-lr-factor", "0", "--lr", "0.003")  # fmt: skip
+             "--weight-decay", "0", "--region-drop", "0", "--word-drop", "0", "--word-lr-factor", "0",
+             "--lr", "0.003")  # fmt: skip
     flickr30k.main(command(data, tmp_path, "--epochs", "2", "--embed-dim", "8", *zeros))
     import checkpoint
 
