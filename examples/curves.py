@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -30,11 +31,18 @@ class Curves:
 
         self.folder, self.every, self._graph = folder, every, GraphWatch(run.model.loss)
         self._board: Any = None
+        self._hook = threading.excepthook
         if processes.is_main():
+            threading.excepthook = self._quietly
             try:
                 self._board = SummaryWriter(folder, purge_step=run.total_steps)
             except OSError as error:
                 raise self._failed(error) from error
+
+    def _quietly(self, what: threading.ExceptHookArgs) -> None:
+        """The writer's thread hands what it meets over to the next call, which tells of it; once is enough."""
+        if not isinstance(what.exc_value, OSError):
+            self._hook(what)
 
     def __enter__(self) -> Curves:
         return self
@@ -48,6 +56,8 @@ class Curves:
         except Exception as failure:
             if kind is None:  # else the first error is the one to tell of
                 raise self._failed(failure) from failure
+        finally:
+            threading.excepthook = self._hook
 
     def expect(self, step: int) -> None:
         """The step that is about to be made: if it will be logged, its graph is looked at."""

@@ -161,6 +161,19 @@ def test_a_file_too_large_leaves_the_last_checkpoint_whole(data: Path, tmp_path:
     assert not list(tmp_path.glob(".*partial*"))
 
 
+def test_curves_that_cannot_be_written_are_one_line(data: Path, tmp_path: Path) -> None:
+    options = command(data, tmp_path, *TINY[:2], "--epochs", "20", "--checkpoint-every", "0", "--log-every", "1")
+    limited = subprocess.run(
+        [sys.executable, str(SCRIPT), *options],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000)),
+        capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert limited.returncode > 0 and "Traceback" not in limited.stderr, limited.stderr
+    last = limited.stderr.strip().split("\n")[-1]
+    assert re.match(r"error: \S+(tensorboard|last\.pt): .*could not be written \(File too large\)", last), last
+
+
 @pytest.mark.parametrize("size", [0, 1000, 100_000])
 def test_any_write_may_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int) -> None:
     path = tmp_path / "last.pt"

@@ -5,8 +5,8 @@
 Trains on a few hundred synthetic pairs, with a checkpoint after every step. One run is left alone. Others are killed
 again and again, half of the times at a random moment and half while a checkpoint is written, resumed, and in the
 end left to finish. Counted: checkpoints that did not load after a kill, resumes that failed, final metrics that differ
-from those of the run that was left alone. Prints a line per kill on stderr and one of JSON on stdout; the exit status
-is 1 if anything of that happened.
+from those of the run that was left alone. Prints a line per kill on stderr and one of JSON on stdout; the exit
+status is 1 if anything of that happened.
 """
 
 from __future__ import annotations
