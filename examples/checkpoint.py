@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import interrupt
 import numpy as np
 import torch
 
@@ -108,11 +109,13 @@ class _Sealing(io.RawIOBase):
 
 def save(path: Path, state: dict[str, Any]) -> None:
     """Writes ``state`` to ``path``, sealed; raises OSError as :func:`replacing`."""
-    with replacing(path) as partial, partial.open("wb") as file:
+    with interrupt.deferred(), replacing(path) as partial, partial.open("wb") as file:
         sealing = _Sealing(file)
         try:
             torch.save(state, sealing)
         except RuntimeError as error:
+            if "DataLoader worker" in str(error):  # raised by the signal of its end, wherever the main thread is
+                raise
             raise sealing.error or OSError(str(error).splitlines()[0]) from error
         sealing.seal()
         file.flush()
