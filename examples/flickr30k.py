@@ -26,7 +26,7 @@ import checkpoint_checks
 import processes
 import run_folder
 import torch
-from errors import explain
+from errors import explain, let_idle_workers_die
 from evaluation import check_test_split, evaluate, final_evaluation, read_pictures, together
 from options import EVALUATION, parse_arguments
 from pair_data import Pairs, load_pairs
@@ -190,4 +190,5 @@ def evaluate_only(arguments: argparse.Namespace, device: torch.device) -> None:
 
 
 if __name__ == "__main__":
+    let_idle_workers_die()
     main()

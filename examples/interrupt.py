@@ -30,19 +30,29 @@ def ignore() -> None:
 
 @contextmanager
 def deferred() -> Iterator[None]:
-    """A Ctrl-C inside takes effect at the end: an exception in the middle of a write by PyTorch's own code would come
-    out as a file that cannot be written, or end the process."""
+    """A Ctrl-C, or the end of a data worker, takes effect at the end.
+
+    An exception in the middle of a write by PyTorch's own code would come out as a file that cannot be written, or
+    abort the process.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    pressed: list[tuple[int, FrameType | None]] = []
-    before = signal.signal(signal.SIGINT, lambda number, frame: pressed.append((number, frame)))
+    met: dict[int, FrameType | None] = {}
+    signals = [signal.SIGINT, *([signal.SIGCHLD] if hasattr(signal, "SIGCHLD") else [])]
+    # None: not set by Python, so it cannot be put back, and raises nothing either
+    before = {number: handler for number in signals if (handler := signal.getsignal(number)) is not None}
+    for number in before:
+        signal.signal(number, lambda number, frame: met.setdefault(number, frame))
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
-    if pressed and callable(before):
-        before(*pressed[0])
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    for number, frame in met.items():
+        handler = before[number]
+        if callable(handler):
+            handler(number, frame)
 
 
 if threading.current_thread() is threading.main_thread():

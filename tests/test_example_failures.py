@@ -27,7 +27,7 @@ import flickr30k  # noqa: E402
 import processes  # noqa: E402
 import retrieval_model  # noqa: E402
 import training  # noqa: E402
-from errors import explain  # noqa: E402
+from errors import explain, let_idle_workers_die  # noqa: E402
 
 from hrem_layers import HREMTerms  # noqa: E402
 
@@ -259,6 +259,53 @@ def cmdline(pid: int) -> str:
         return "resource_tracker"
 
 
+class Dismissed:
+    """Raises ``error`` when it is taken apart, as a loader does whose worker is killed at that moment."""
+
+    def __init__(self, error: Exception) -> None:
+        self.error = error
+
+    def __del__(self) -> None:
+        raise self.error
+
+
+def test_a_worker_that_dies_when_it_is_dismissed_is_not_spoken_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    heard: list[BaseException | None] = []
+    monkeypatch.setattr(sys, "unraisablehook", lambda what: heard.append(what.exc_value))
+    other = RuntimeError("another")
+    let_idle_workers_die()
+    for error in (RuntimeError("DataLoader worker (pid 12) is killed by signal: Killed. "), other):
+        Dismissed(error)
+    assert heard == [other]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGCHLD], ids=["Ctrl-C", "end of a worker"])
+def test_a_signal_while_saving_takes_effect_after_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
+) -> None:
+    class Raised(RuntimeError):
+        pass
+
+    def handler(*_: object) -> None:
+        raise Raised
+
+    pass_on = checkpoint._Sealing._pass_on
+
+    def meanwhile(self: checkpoint._Sealing, view: memoryview) -> None:
+        os.kill(os.getpid(), number)
+        pass_on(self, view)
+
+    monkeypatch.setattr(checkpoint._Sealing, "_pass_on", meanwhile)
+    before = signal.signal(number, handler)
+    try:
+        with pytest.raises(Raised):
+            checkpoint.save(tmp_path / "last.pt", {"arguments": {}, "x": torch.ones(1000)})
+        assert signal.getsignal(number) is handler
+    finally:
+        signal.signal(number, before)
+    assert checkpoint.load(tmp_path / "last.pt")["x"].sum() == 1000
+
+
 @pytest.mark.parametrize("pause", [0.0, 0.2])
 def test_two_quick_interrupts_are_one_line(data: Path, tmp_path: Path, pause: float) -> None:
     run = start(*command(data, tmp_path, "--embed-dim", "8", "--epochs", "1000", "--checkpoint-every", "2"))
@@ -297,6 +344,8 @@ def test_bars_stay_out_of_logs(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         (ValueError("one\ntwo"), "one two"),
         (OSError(28, "No space left on device"), "[Errno 28] No space left on device"),
+        (ConnectionResetError(104, "Connection reset by peer"), "a process that reads the data ended"),
+        (EOFError(), "a process that reads the data ended"),
         (RuntimeError("DataLoader worker (pid(s) 12) exited unexpectedly"), "a process that reads the data ended"),
         (RuntimeError("DataLoader worker (pid 12) is killed by signal: Killed. "), "unexpectedly (Killed)"),
         (RuntimeError("[enforce fail at alloc_cpu.cpp:1] DefaultCPUAllocator: can't allocate memory"), "out of memory"),
