@@ -134,7 +134,7 @@ def test_neither_the_chunk_nor_the_order_of_the_batch_matters(dtype, what, r, w,
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("mode", ["scan", "cosine"])
-@pytest.mark.parametrize("scales", [(1e19, 1e-20), (1e-20, 1e30), (3e-37, 1e37)])
+@pytest.mark.parametrize("scales", [(1e19, 1e-20), (1e-20, 1e30), (3e-37, 1e37), (1e-22, 1e-22)])
 def test_the_length_of_a_vector_does_not_matter(way, mode, scales):
     images, texts = random(3, 4, 0), random(2, 5, 1)
     mask = random_mask(2, 5, 2)
@@ -193,3 +193,12 @@ def test_what_is_not_finite_reaches_its_pairs_and_no_other(value, side, mode, wa
     out = WAYS[way](*leaves, *masks, mode=mode, topk=2)
     grads = torch.autograd.grad(sum(x.sum() for x in out), leaves)
     assert not all(torch.isfinite(x).all() for x in grads)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("way", WAYS)
+def test_a_product_that_overflows_is_not_taken_for_an_empty_item(way, masked):
+    images = torch.full((1, 2, 3), 1e30)
+    masks = (torch.tensor([[True, False]]), torch.tensor([[False, True]])) if masked else (None, None)
+    out = WAYS[way](images, -images, *masks, mode="dot", topk=1)
+    assert all((x == -math.inf).all() for x in out)

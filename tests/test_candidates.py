@@ -298,6 +298,19 @@ def test_compiles_as_one_graph() -> None:
         torch.testing.assert_close(x, y)
 
 
+@pytest.mark.parametrize("chunk_size", [None, 3])
+def test_operators_get_the_chunk_that_the_caller_asks_for(chunk_size: int | None, monkeypatch) -> None:
+    from hrem_layers.alignment import candidates
+
+    seen, chunks = [], candidates._chunks
+    monkeypatch.setattr(candidates, "_chunks", lambda *inputs: seen.append(inputs[-1]) or chunks(*inputs))
+    b = batch(7, 4, 3, 2, 5)
+    index = torch.tensor([[0, 1], [1, 2], [2, 3], [3, 0]])
+    mean, _ = align_candidates(b["image_fragments"], b["text_fragments"], None, None, index, chunk_size=chunk_size)
+    mean.sum().backward()
+    assert seen == [chunk_size] * 2  # forward and backward
+
+
 def test_operators_keep_their_promises_to_torch() -> None:
     from hrem_layers.alignment import candidates
 
