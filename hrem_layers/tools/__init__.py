@@ -1,0 +1,1 @@
+"""Beside the method: what looks at it, moves in from elsewhere, or helps to train with it. Imported only when used."""
