@@ -7,6 +7,7 @@ for the backward pass is as large as the embeddings.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -92,17 +93,17 @@ def streamed_sum(
         shared: 0-dimensional tensors, to which gradient flows as to the embeddings.
 
     Returns:
-        A scalar; NaN where a similarity that was looked at, or anything of ``ways`` or ``shared`` is not finite.
+        A scalar; NaN where a similarity that was looked at, or one of ``shared`` is not finite.
     """
-    numbers = (*shared, *(t for way in ways for t in way))
     with autocast_off(x.device):
         if torch.compiler.is_compiling():
-            total, finite = _recomputed(loss, x, y, plan, ways, shared), x.new_ones(())
+            total = _by_autograd(loss, x, y, plan, ways, shared, recompute=True)
+            finite = x.new_ones(())
         elif not (torch.is_grad_enabled() and any(t.requires_grad for t in (x, y, *shared))):
             total, finite = _in_chunks(loss, x, y, plan, ways, shared, grads=None)
         else:
             total, finite, *_ = _StreamedSum.apply(loss, plan, ways, x, y, *shared)  # type: ignore[no-untyped-call]
-    return total * (finite * one_if_finite(*numbers) if numbers else finite)
+    return total * (finite * one_if_finite(*shared) if shared else finite)
 
 
 def _chunks(rows: slice, chunk_size: int | None, width: int) -> list[slice]:
@@ -134,27 +135,28 @@ def _in_chunks(
     return total, finite
 
 
-def _recomputed(loss: RowLoss, x: Tensor, y: Tensor, plan: Plan, ways: Ways, shared: tuple[Tensor, ...]) -> Tensor:
-    """The same by autograd, every chunk computed again in the backward pass: traced, and differentiable twice."""
+def _by_autograd(
+    loss: RowLoss, x: Tensor, y: Tensor, plan: Plan, ways: Ways, shared: tuple[Tensor, ...], *, recompute: bool
+) -> Tensor:
+    """The same by autograd: traced, and differentiable twice. ``recompute``: every chunk is computed again in the
+    backward pass instead of being kept (torch.func knows no such thing)."""
 
     def chunk(own: Tensor, others: Tensor, flags: Tensor, per_anchor: tuple[Tensor, ...], *shared: Tensor) -> Tensor:
         s = own @ others.t()
         return loss(s, flags, *per_anchor, *shared) * one_if_finite(s)
 
+    run = partial(checkpoint, chunk, use_reentrant=False, preserve_rng_state=False) if recompute else chunk
     total = x.new_zeros(())
     for way, per_row in enumerate(ways):
         anchors, others = (x, y) if not way else (y, x)
         for here in _chunks(plan.rows[way], plan.chunk_size, others.shape[0]):
             flags, per_anchor = plan.positives.rows(way, here), tuple(t[here] for t in per_row)
-            value: Tensor = checkpoint(
-                chunk, anchors[here], others, flags, per_anchor, *shared, use_reentrant=False, preserve_rng_state=False
-            )
-            total = total + value
+            total = total + run(anchors[here], others, flags, per_anchor, *shared)
     return total
 
 
 class _StreamedSum(torch.autograd.Function):
-    """The sum, with the gradient found on the way. A second derivative is that of the recomputed sum."""
+    """The sum, with the gradient found on the way. A second derivative is that of autograd, which keeps all chunks."""
 
     @staticmethod
     def forward(loss: RowLoss, plan: Plan, ways: Ways, x: Tensor, y: Tensor, *shared: Tensor) -> tuple[Tensor, ...]:
@@ -177,6 +179,7 @@ class _StreamedSum(torch.autograd.Function):
         if not torch.is_grad_enabled():
             return None, None, None, *(grad * x for x in known)
         leaves = [x for x in tensors if x.requires_grad]  # create_graph=True
-        value = _recomputed(ctx.loss, tensors[0], tensors[1], ctx.plan, ctx.ways, tensors[2:])
+        x, y, *shared = tensors
+        value = _by_autograd(ctx.loss, x, y, ctx.plan, ctx.ways, tuple(shared), recompute=False)
         found = iter(torch.autograd.grad(value, leaves, grad, create_graph=True))
         return None, None, None, *(next(found) if x.requires_grad else None for x in tensors)

@@ -102,7 +102,9 @@ def streamed_triplet_loss(
     options = {"cutoff": cutoff, "nonzero_cutoff": nonzero_cutoff, "weight_dim": weight_dim}
     ways = _ways(noise, negative_sampling, x.shape[0])
     loss = streamed_sum(row_loss(negative_sampling, margin, **options), x, y, plan, ways=ways)
-    return loss / plan.positives.pairs().clamp(min=1) if reduction == "mean" else loss
+    if reduction == "mean":
+        loss = loss / plan.positives.pairs().clamp(min=1)
+    return loss if noise is None else loss * one_if_finite(noise)
 
 
 def _noise(
