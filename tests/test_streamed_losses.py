@@ -106,6 +106,29 @@ def test_a_default_chunk_is_cut_where_the_matrix_is_large(name, monkeypatch):
 
 
 @every_loss
+@pytest.mark.parametrize("sparse", [0, 2**40], ids=["what is not zero", "all"])
+@pytest.mark.parametrize("chunk_size", [2, None])
+def test_gradients_of_the_similarity_alone_or_all_of_them(name, sparse, chunk_size, monkeypatch):
+    monkeypatch.setattr(_streamed, "SPARSE", sparse)
+    x, y, image_ids, text_ids = case(9, 4)
+    loss = LOSSES[name]("sum").double()
+    assert_same(
+        streamed(loss, x, y, image_ids=image_ids, text_ids=text_ids, chunk_size=chunk_size),
+        whole(loss, x, y, image_ids.unsqueeze(1) == text_ids), [x, y, *loss.parameters()],
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "products"), [("hardest", 1), ("distance_weighted", 1), ("infonce", 3)])
+def test_one_negative_per_anchor_needs_no_products_but_the_similarity(name, products):
+    x, y, _, _ = case(200, 200)
+    loss = LOSSES[name]("sum")
+    with Largest() as largest:
+        streamed(loss, x, y).backward()
+    assert largest.multiplied == products * 2 * 200 * 200 * 5
+    assert_same(streamed(loss, x, y), whole(loss, x, y, torch.eye(200, dtype=torch.bool)), [x, y])
+
+
+@every_loss
 def test_without_ids_row_by_row(name):
     x, y, _, _ = case(6, 6)
     loss = LOSSES[name]("mean").double()
