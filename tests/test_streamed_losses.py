@@ -373,7 +373,7 @@ def test_traced_whole_it_is_the_same(name, fresh_compiler):
 
     def call(x, y, noise):
         options = {"noise": noise} if isinstance(loss, TripletLoss) else {}
-        return loss.from_embeddings(x, y, image_ids=image_ids, text_ids=text_ids, chunk_size=3, **options)
+        return loss.from_embeddings(x, y, image_ids=image_ids, text_ids=text_ids, chunk_size=4, **options)
 
     noise = torch.rand(12, dtype=DOUBLE) if name == "distance_weighted" else None
     leaves = [x, y, *loss.parameters()]
