@@ -428,6 +428,16 @@ def test_a_bad_parameter_makes_the_loss_nan(name):
     assert torch.isnan(streamed(loss, x, y, image_ids=image_ids, text_ids=text_ids))
 
 
+def test_an_infinite_bias_makes_the_loss_nan():
+    x, y, _, _ = case(4, 4)
+    nobody = torch.zeros(4, 4, dtype=torch.bool)
+    loss = SigmoidLoss(0.3, bias=-1.0)
+    assert torch.isfinite(loss.from_embeddings(x, y, positives=nobody))
+    with torch.no_grad():
+        loss.bias.fill_(-math.inf)  # -log σ(∞) = 0
+    assert torch.isnan(loss.from_embeddings(x, y, positives=nobody))
+
+
 IDS = torch.arange(4)
 X = torch.ones(4, 3)
 
