@@ -147,6 +147,15 @@ def test_ids_of_one_side(name):
                 whole(loss, x, y, torch.arange(3).unsqueeze(1) == index), [x, y])  # fmt: skip
 
 
+@pytest.mark.parametrize("dtypes", [(torch.uint8, torch.int64), (torch.int32, torch.int16)])
+def test_ids_of_any_integers(dtypes):
+    x, y, image_ids, text_ids = case(6, 9)
+    loss = InfoNCELoss()
+    expected = loss.from_embeddings(x, y, image_ids=image_ids, text_ids=text_ids)
+    assert torch.equal(loss.from_embeddings(x, y, image_ids=image_ids.to(dtypes[0]), text_ids=text_ids.to(dtypes[1])),
+                       expected)  # fmt: skip
+
+
 @every_loss
 @pytest.mark.parametrize("ids", [(0, 0), (0, 1)], ids=["no negative", "no positive"])
 @either_reduction
