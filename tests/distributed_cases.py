@@ -246,11 +246,7 @@ def equal_over_two_accumulated_steps(rank: int, world: int) -> None:
 @case
 def equal_under_fsdp2(rank: int, world: int) -> None:
     from torch.distributed.device_mesh import init_device_mesh
-
-    try:
-        from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
-    except ImportError:  # its name in PyTorch 2.5
-        from torch.distributed._composable.fsdp import fully_shard, register_fsdp_forward_method
+    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
     parts = ragged(world)
     for split in (False, True):  # everything in one group of parameters, or each relation module in its own
