@@ -22,8 +22,8 @@ LOSSES = {
     "TripletLoss, hardest": TripletLoss(negative_sampling="hardest"),
     "TripletLoss, distance_weighted": TripletLoss(),
 }
-SIZES = (1024, 2048, 4096, 8192, 16384)
-LARGEST_WHOLE = 8192
+SIZES = (1024, 4096, 16384)
+LARGEST_WHOLE = 4096
 ITEMS, REGIONS, WIDTH, LAYERS = 256, 36, 256, 4
 MICRO_BATCHES = (256, 64, 16)
 
