@@ -198,14 +198,13 @@ def test_gradient_of_one_side_alone(name, side):
 
 
 @pytest.mark.parametrize("name", [name for name in LOSSES if name != "expected"])  # its weights have no gradient
-@pytest.mark.parametrize("chunk_size", [2, None])
-def test_gradcheck(name, chunk_size):
-    x, y, image_ids, text_ids = case(4, 6, seed=3)
+def test_gradcheck(name):
+    x, y, image_ids, text_ids = case(3, 5, seed=3, dim=3)
     loss = LOSSES[name]("mean").double()
     parameters = list(loss.parameters())
 
     def value(x, y, *_):
-        return streamed(loss, x, y, image_ids=image_ids, text_ids=text_ids, chunk_size=chunk_size)
+        return streamed(loss, x, y, image_ids=image_ids, text_ids=text_ids, chunk_size=2)
 
     assert torch.autograd.gradcheck(value, (x, y, *parameters))
 
