@@ -69,9 +69,9 @@ def main() -> None:
         "What the GPU kernels compile to",
         f'`alignment="{options.mode}"`, compute capability {options.capability / 10}, Triton {triton.__version__}, '
         f"PyTorch {torch.__version__}. **Not measured on hardware**: these are figures of the compiled code. *Pairs* "
-        "of a program; registers and spilled bytes of a thread; *instructions* in the code, which has no loops, so that "
-        "each warp runs each at most once; *per pair*: times warps, over pairs. 77 words take the row of 128, texts of 17 "
-        "to 32 words that of 32.",
+        "of a program; registers and spilled bytes of a thread; *instructions* in the code, which has no loops, so "
+        "that each warp runs each at most once; *per pair*: times warps, over pairs. 77 words take the row of 128, "
+        "texts of 17 to 32 words that of 32.",
         "Forward:", tables[0], "Backward:", tables[1],
         f"The products are cuBLAS's. At the release's size (128 images of 36 regions, 128 captions of 8 to 24 words, "
         f"16 on average, padded to 24) {real / (24 * 36 * 128 * 128):.2f} of what is multiplied is needed, in {chunks} "

@@ -2,15 +2,16 @@
 # (values of a Triton program have no types that a checker knows)
 r"""The GPU kernels: a program turns the products of one text with some images into p and q, or into their gradient.
 
-Imported only where it runs (it needs Triton). The products themselves, all words by all regions of a chunk, are cuBLAS's
-(:mod:`hrem_layers.alignment.gpu.launch`), which nothing that is written here multiplies faster than; a chunk is small
-enough to be in the L2 cache still when the kernel reads it, once. LeakyReLU, both norms, both maxima, the means and
+Imported only where it runs (it needs Triton). The products themselves, all words by all regions of a chunk, are
+cuBLAS's (:mod:`hrem_layers.alignment.gpu.launch`); a chunk is small enough to be in the L2 cache still when the kernel
+reads it, once. LeakyReLU, both norms, both maxima, the means and
 the largest values are computed while the tile is in registers. The formulas and the letters are those of
 :mod:`hrem_layers.alignment.block`.
 
-- *Words and regions* fill powers of 2, of which only the comparisons, not the products, are partly idle. A launch is for
-  the texts that fit WP but not half of it; the others leave at once, and the host never looks at a mask.
-- *The largest values* are sorted, bitonically, in registers.
+- *Words and regions* fill powers of 2, of which only the comparisons, not the products, are partly idle. A launch is
+  for the texts that fit WP but not half of it; the others leave at once, and the host never looks at a mask.
+- *The largest values* are sorted, bitonically, in registers; where a value and what ties with it stand among them
+  is found by bisection.
 - *Backward* multiplies the chunk again, finds the same maxima and writes the derivative of the products, which
   matrix products then turn into gradients. No atomics: the same input gives the same bits. Values that tie share the
   gradients of their places; with these as sums from the first place on, that is a difference of two numbers over how

@@ -75,7 +75,7 @@ class _Inputs(NamedTuple):
             smallest, words = words, 2 * words
 
     def chunk(self, t0: int, t1: int, i0: int, i1: int, row_length: int) -> tuple[Products, Sizes]:
-        (t, w), (i, r) = ((side.runs[0].stop, side.runs[0].width) for side in (self.texts, self.images))
+        w, r = (side.runs[0].width for side in (self.texts, self.images))
         x = product(self.texts.rows[t0 * w : t1 * w], self.images.rows[i0 * r : i1 * r].t())
         parts = (
             None if x is None else x[a:b]

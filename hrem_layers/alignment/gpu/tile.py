@@ -2,7 +2,8 @@
 # (values of a Triton program have no types that a checker knows)
 """What happens on one tile of image-text pairs, in pieces: see :mod:`hrem_layers.alignment.gpu.kernel`.
 
-The tile is (BI, WP, RP): some images, the words of one text, regions. Values per word are (BI, WP), per region (BI, RP).
+The tile is (BI, WP, RP): some images, the words of one text, regions. Values per word are (BI, WP), per region
+(BI, RP).
 """
 
 from __future__ import annotations
@@ -108,7 +109,8 @@ def word_wins(s, inverse_regions, g, margin, word_ok):
 
 @triton.jit
 def bounds(values, margin, N: tl.constexpr):
-    """values (BI, N), −inf where there is none -> how many exceed each by more than the margin, how many tie with it."""
+    """values (BI, N), −inf where there is none -> how many exceed each by more than the margin, how many tie with it.
+    """
     ordered = tl.sort(values, descending=True)
     exceed = how_many(ordered, values + margin[:, None], False, N)
     return exceed, how_many(ordered, values - margin[:, None], True, N) - exceed
@@ -116,7 +118,7 @@ def bounds(values, margin, N: tl.constexpr):
 
 @triton.jit
 def how_many(ordered, least, EQUAL: tl.constexpr, N: tl.constexpr):
-    """Of each row of ``ordered`` (BI, N), descending, how many are over ``least`` (BI, N), or EQUAL to it: bisection."""
+    """How many in each row of ``ordered`` (BI, N), descending, are over ``least`` (BI, N), or EQUAL to it."""
     found = tl.zeros(ordered.shape, tl.int32)
     STEPS: tl.constexpr = _log2(N)
     for j in tl.static_range(STEPS):
