@@ -25,34 +25,32 @@ from hrem_layers.interaction import RelationInteraction
 from hrem_layers.loss import HREMLoss
 from hrem_layers.losses import TripletLoss
 
-SETTINGS: Mapping[str, Mapping[str, Any]] = MappingProxyType({
-    section: MappingProxyType(settings)
-    for section, settings in {
-        # the arguments of FragmentRelation, AssociationGraph, RelationInteraction, TripletLoss and HREMLoss
-        "fragments": {"num_heads": 16, "num_layers": 1, "dropout": 0.1, "beta": 0.8, "max_pool_k": 2},
-        "graph": {
-            "alignment": "scan", "topk": 10, "neighbor_ratio": 0.5, "sigma": 1.0, "squared_distance": False,
-            "detach_fragments": True, "exclude_positives": False,
-        },
-        "interaction": {
-            "mechanism": "fusion", "num_heads": 16, "num_layers": 1, "dropout": 0.1, "relation_weight": 1.0,
-            "residual": False,
-        },
-        "pair_loss": {
-            "margin": 0.2, "negative_sampling": "distance_weighted", "cutoff": 0.5, "nonzero_cutoff": 1.7,
-            "weight_dim": 512, "reduction": "sum",
-        },
-        "loss": {
-            "enhanced_weight": 1.0, "cross_weight": 1.0, "regularization_weight": 10.0, "warmup_steps": 8000,
-        },
-        # AdamW, whose rate is divided by ten after the epochs lr_steps; BERT's is lr * bert_lr_factor
-        "training": {
-            "embed_dim": 1024, "text_encoder": "bert", "epochs": 30, "batch_size": 128, "lr": 5e-4,
-            "bert_lr_factor": 0.1, "lr_steps": (15, 25), "lr_decay": 0.1, "weight_decay": 1e-4, "grad_clip": 2.0,
-            "region_drop": 0.2, "word_drop": 0.2, "captions_per_image": 5,
-        },
-    }.items()
-})  # fmt: skip
+_SETTINGS: dict[str, dict[str, Any]] = {
+    # the arguments of FragmentRelation, AssociationGraph, RelationInteraction, TripletLoss and HREMLoss
+    "fragments": {"num_heads": 16, "num_layers": 1, "dropout": 0.1, "beta": 0.8, "max_pool_k": 2},
+    "graph": {
+        "alignment": "scan", "topk": 10, "neighbor_ratio": 0.5, "sigma": 1.0, "squared_distance": False,
+        "detach_fragments": True, "exclude_positives": False,
+    },
+    "interaction": {
+        "mechanism": "fusion", "num_heads": 16, "num_layers": 1, "dropout": 0.1, "relation_weight": 1.0,
+        "residual": False,
+    },
+    "pair_loss": {
+        "margin": 0.2, "negative_sampling": "distance_weighted", "cutoff": 0.5, "nonzero_cutoff": 1.7,
+        "weight_dim": 512, "reduction": "sum",
+    },
+    "loss": {
+        "enhanced_weight": 1.0, "cross_weight": 1.0, "regularization_weight": 10.0, "warmup_steps": 8000,
+    },
+    # AdamW, whose rate is divided by ten after the epochs lr_steps; BERT's is lr * bert_lr_factor
+    "training": {
+        "embed_dim": 1024, "text_encoder": "bert", "epochs": 30, "batch_size": 128, "lr": 5e-4,
+        "bert_lr_factor": 0.1, "lr_steps": (15, 25), "lr_decay": 0.1, "weight_decay": 1e-4, "grad_clip": 2.0,
+        "region_drop": 0.2, "word_drop": 0.2, "captions_per_image": 5,
+    },
+}  # fmt: skip
+SETTINGS: Mapping[str, Mapping[str, Any]] = MappingProxyType({k: MappingProxyType(v) for k, v in _SETTINGS.items()})
 """By section, read-only; of the sections but the last the keys are the arguments of the module that they name."""
 
 COCO = MappingProxyType({"nonzero_cutoff": 1.9})
