@@ -34,6 +34,7 @@ DEMO = {
 MAY_DIFFER = {
     "resume", "output_dir", "data_dir", "cache_dir", "device", "num_workers", "checkpoint_every", "log_every",
     "step_timeout", "eval_only", "threads", "bert", "epochs", "test_split", "five_fold",
+    "init_from",
 }  # fmt: skip
 # Options that count with --eval-only; all others come from the checkpoint
 EVALUATION = {
@@ -111,6 +112,8 @@ def make_parser() -> Parser:
 
     add("--resume", "go on from CHECKPOINT, or from last.pt in --output-dir", nargs="?", const="",
         metavar="CHECKPOINT")  # fmt: skip
+    add("--init-from", "begin with the encoders of this checkpoint, of the script or of the authors' release",
+        type=Path, metavar="CHECKPOINT")  # fmt: skip
     add("--eval-only", "evaluate checkpoints on the test split, train nothing; of several, by their mean similarity",
         type=Path, nargs="+", metavar="CHECKPOINT")  # fmt: skip
     add("--seed", "of everything random", type=Integer(0, 2**32 - 1), default=0)
@@ -173,6 +176,8 @@ def check_together(arguments: argparse.Namespace) -> None:
         raise ValueError("--resume needs a CHECKPOINT, or the --output-dir whose last.pt it goes on from")
     if arguments.resume and not Path(arguments.resume).is_file():
         raise ValueError(f"--resume: no file {arguments.resume}")
+    if arguments.init_from is not None and not arguments.init_from.is_file():
+        raise ValueError(f"--init-from: no file {arguments.init_from}")
     if arguments.data_dir is not None and not arguments.data_dir.is_dir():
         raise ValueError(f"--data-dir: no such folder {arguments.data_dir}")
     if arguments.text_encoder == "bert":
