@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 from data_files import Features, load_array
-from pictures import SIZE, TILE, find_pictures, open_picture, picture_features
+from pictures import SUFFIXES, TILE, feature_maps, find_pictures, open_picture
 from PIL import Image
 
 
@@ -24,8 +24,9 @@ class Item(NamedTuple):
         return f"row {self.row}" if self.row >= 0 else Path(self.file).name
 
 
-def read_collection(source: Path) -> tuple[list[Item], Iterator[np.ndarray], list[str]]:
-    """The items, the features (R, F) of each in the same order, and what was left out, a line each.
+class Collection:
+    """Iterated once, gives the features (R, F) of each image; then ``items`` are those, and ``left_out`` says of others
+    why, a line each.
 
     ``source`` is a folder of pictures, one of ``.npy`` files (R, F), one per image, or an ``.npy`` file (images, R, F).
     Of that file rows equal to the row before are left out: some distributions repeat each image once per caption.
@@ -33,29 +34,48 @@ def read_collection(source: Path) -> tuple[list[Item], Iterator[np.ndarray], lis
     Raises:
         ValueError: there is nothing to encode.
     """
-    if source.is_file() and source.suffix == ".npy":
-        features = Features(source)
-        rows = [
-            i for i in range(len(features)) if not i or not np.array_equal(features.array[i], features.array[i - 1])
-        ]
-        skipped = len(features) - len(rows)
-        left = [f"{skipped} rows that repeat the row before them"] if skipped else []
-        return [Item(str(source), i) for i in rows], map(features.row, rows), left
-    if not source.is_dir():
-        raise ValueError(f"{source}: expected a folder of pictures or of .npy files, or an .npy file; found none")
-    pictures, left = [], []
-    for path in find_pictures(source):
-        try:
-            open_picture(path, SIZE)
-            pictures.append(path)
-        except ValueError as error:
-            left.append(str(error))
-    if pictures:
-        return [Item(str(path)) for path in pictures], picture_features(pictures), left
-    files = sorted(source.rglob("*.npy"))
-    if not files:
-        raise ValueError(f"{source}: expected pictures (.jpg, .png, ...) or .npy files of features, found none")
-    return [Item(str(path)) for path in files], (load_array(path) for path in files), left
+
+    def __init__(self, source: Path) -> None:
+        self.items: list[Item] = []
+        self.left_out: list[str] = []
+        if source.is_file() and source.suffix == ".npy":
+            self._features = self._of_rows(Features(source), source)
+        elif not source.is_dir():
+            raise ValueError(f"{source}: expected a folder of pictures or of .npy files, or an .npy file; found none")
+        elif pictures := find_pictures(source):
+            self._features = feature_maps(self._of_pictures(pictures))
+        elif files := sorted(source.rglob("*.npy")):
+            self._features = self._of_files(files)
+        else:
+            raise ValueError(f"{source}: expected pictures (.jpg, .png, ...) or .npy files of features, found none")
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        yield from self._features
+        if not self.items:
+            raise ValueError(f"nothing could be read: {'; '.join(self.left_out[:3])}")
+
+    def _of_rows(self, features: Features, source: Path) -> Iterator[np.ndarray]:
+        for i in range(len(features)):
+            if i and np.array_equal(features.array[i], features.array[i - 1]):
+                self.left_out.append(f"row {i}, which repeats the row before it")
+                continue
+            self.items.append(Item(str(source), i))
+            yield features.row(i)
+
+    def _of_pictures(self, paths: list[Path]) -> Iterator[Image.Image]:
+        for path in paths:
+            try:
+                square = open_picture(path)
+            except ValueError as error:
+                self.left_out.append(str(error))
+                continue
+            self.items.append(Item(str(path)))
+            yield square
+
+    def _of_files(self, paths: list[Path]) -> Iterator[np.ndarray]:
+        for path in paths:
+            self.items.append(Item(str(path)))
+            yield load_array(path)
 
 
 def thumbnail(item: Item) -> Image.Image | None:
@@ -68,10 +88,8 @@ def thumbnail(item: Item) -> Image.Image | None:
         array = load_array(pictures, mmap_mode="r")
         return Image.fromarray(np.asarray(array[item.row])) if item.row < len(array) else None
     if path.suffix == ".npy":
-        beside = [p for p in find_pictures(path.parent) if p.stem == path.stem]
-        if not beside:
-            return None
-        path = beside[0]
+        same_name = (path.with_suffix(suffix) for suffix in sorted(SUFFIXES))
+        path = next((other for other in same_name if other.is_file()), path)
     try:
         return open_picture(path, TILE)
     except ValueError:  # moved or deleted since

@@ -57,8 +57,8 @@ def serve(searcher: Searcher, port: int | None = None, *, wait: bool = True, bro
     page = make_page(searcher)
     theme = gradio.themes.Base(font=FONTS, font_mono=["monospace"])
     _, url, _ = page.launch(
-        server_name="127.0.0.1", server_port=port, share=False, inbrowser=browser, prevent_thread_lock=True, theme=theme,
-        quiet=True,
+        server_name="127.0.0.1", server_port=port, share=False, inbrowser=browser, prevent_thread_lock=True,
+        theme=theme, quiet=True,
     )  # fmt: skip
     print(f"{len(searcher.items)} images at {url} (Ctrl-C ends it)", flush=True)
     if wait:

@@ -29,7 +29,7 @@ def find_pictures(folder: Path) -> list[Path]:
     )
 
 
-def open_picture(picture: Path | bytes, size: int) -> Image.Image:
+def open_picture(picture: Path | bytes, size: int = SIZE) -> Image.Image:
     """The whole picture, upright, on a white square of ``size`` pixels.
 
     Raises:
@@ -48,10 +48,10 @@ def open_picture(picture: Path | bytes, size: int) -> Image.Image:
     return square.convert("RGB")
 
 
-def picture_features(pictures: Iterable[Path | bytes], size: int = SIZE) -> Iterator[np.ndarray]:
+def feature_maps(squares: Iterable[Image.Image]) -> Iterator[np.ndarray]:
     """Yields (R, F) float32 per picture: the cells of the last feature map of an ImageNet network, R = (size / 32)²."""
-    network, rest = load_network(), iter(pictures)
-    while batch := [np.asarray(open_picture(picture, size)) for picture in islice(rest, BATCH)]:
+    network, rest = load_network(), iter(squares)
+    while batch := [np.asarray(square) for square in islice(rest, BATCH)]:
         x = (torch.from_numpy(np.stack(batch)).permute(0, 3, 1, 2) / 255 - MEAN) / STD
         with torch.inference_mode():
             maps = network.extract_features(x.contiguous(memory_format=torch.channels_last))

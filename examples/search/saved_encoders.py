@@ -28,8 +28,9 @@ class Encoders:
     """Images and words to points of the joint space, on the CPU.
 
     Args:
-        state: ``arguments``, ``vocabulary`` and ``model`` as in a checkpoint of the script; of the model's weights those
-            of the encoders count.
+        state: ``arguments``, ``vocabulary`` and ``model`` as in a checkpoint of the script; of the model's weights
+            those of the encoders count.
+        path: where it was read, for messages.
         bert: folder or hub name of the BERT, if the checkpoint's own is not here.
     """
 
@@ -67,6 +68,12 @@ class Encoders:
             return [word for word in words(text) if self.encode(word, None) == [UNKNOWN]]
         unknown = self.encode.tokenizer.unk_token_id
         return [word for word in text.split() if unknown in self.encode(word, None)]
+
+    def knows(self, text: str) -> bool:
+        """Whether the text encoder can tell ``text`` from any other of unknown words."""
+        if isinstance(self.encode, Vocabulary):
+            return any(i != UNKNOWN for i in self.encode(text, None))
+        return any(i != self.encode.tokenizer.unk_token_id for i in self.encode(text, None)[1:-1])
 
     def _checked(self, features: np.ndarray) -> Tensor:
         if features.ndim != 2 or features.shape[1] != self.feature_dim or not len(features):

@@ -32,7 +32,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> None:
     parser = make_parser()
-    options = parser.parse_args(argv)
+    options = parser.parse_intermixed_args(argv)  # words may stand on both sides of options
     if (options.of is None) != (options.encoders is None):
         parser.error("--of and --encoders: both make an index, neither asks one")
     asks = [bool(options.words), options.picture is not None, options.serve]

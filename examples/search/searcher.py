@@ -6,20 +6,22 @@ import beside  # isort: skip  # noqa: F401
 
 import io
 import json
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import faiss
 import numpy as np
-from collection import Item, read_collection, thumbnail
+from collection import Collection, Item, thumbnail
 from data_files import load_array
-from pictures import picture_features, sheet
+from pictures import feature_maps, open_picture, sheet
 from PIL import Image
 from saved_encoders import load_encoders, save_encoders
 from torch import Tensor
 
 
-class Found(NamedTuple):
+@dataclass(frozen=True, repr=False)
+class Found:
     """The most similar images first. A notebook shows the thumbnails, a terminal the table."""
 
     asked: str
@@ -33,7 +35,7 @@ class Found(NamedTuple):
         lines = [f"{score:6.3f}  {item.file if item.row < 0 else item}" for item, score in self]
         return "\n".join([*([self.note] if self.unknown else []), *lines])
 
-    def __iter__(self):  # type: ignore[no-untyped-def,override]
+    def __iter__(self) -> Iterator[tuple[Item, float]]:
         return iter(zip(self.items, self.scores, strict=True))
 
     @property
@@ -78,8 +80,7 @@ class Searcher:
             ValueError: the text is empty, or none of its words is known.
         """
         unknown = self.encoders.unknown(text)
-        known = len(text.split()) > len(unknown) if text.strip() else False
-        if not known:
+        if not text.strip() or not self.encoders.knows(text):
             raise ValueError(f"none of these words is known: {', '.join(unknown)}" if unknown else "expected words")
         return self._nearest(text, self.encoders.texts([text]), top, unknown)
 
@@ -91,7 +92,7 @@ class Searcher:
         """
         path = None if isinstance(picture, bytes) else Path(picture)
         stored = path is not None and path.suffix == ".npy"
-        features = [load_array(path)] if stored else picture_features([picture if path is None else path])
+        features = [load_array(path)] if stored else feature_maps([open_picture(picture)])
         return self._nearest(path.name if path else "a picture", self.encoders.images(features), top, [])
 
     def _nearest(self, asked: str, embedding: Tensor, top: int, unknown: list[str]) -> Found:
@@ -100,20 +101,20 @@ class Searcher:
 
 
 def make_index(folder: Path, source: Path, encoders: Path, bert: str | None = None) -> list[str]:
-    """Encodes ``source`` (see :func:`collection.read_collection`) and writes an index to ``folder``: the embeddings, the
-    list of the items, and the encoders to ask with. Returns what was left out, a line each.
+    """Encodes ``source`` (see :class:`collection.Collection`) and writes an index to ``folder``: the embeddings,
+    the list of the items, and the encoders to ask with. Returns what was left out, a line each.
 
     Raises:
         FileNotFoundError, ValueError: the encoders do not load or take other features, or there is nothing to encode.
     """
     model = load_encoders(encoders, bert)
-    items, features, left = read_collection(source.resolve())
-    embeddings = model.images(features).numpy()
+    collection = Collection(source.resolve())
+    embeddings = model.images(collection).numpy()
     index = faiss.IndexFlatIP(embeddings.shape[1])  # exact; cosines, as the embeddings are of length 1
     index.add(np.ascontiguousarray(embeddings))
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "items.json").unlink(missing_ok=True)  # written last: it says that the index is whole
     faiss.write_index(index, str(folder / "index.faiss"))
     save_encoders(folder / "encoders.pt", model)
-    (folder / "items.json").write_text(json.dumps(items), encoding="utf-8")
-    return left
+    (folder / "items.json").write_text(json.dumps(collection.items), encoding="utf-8")
+    return collection.left_out
