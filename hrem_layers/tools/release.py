@@ -58,22 +58,22 @@ COCO = MappingProxyType({"nonzero_cutoff": 1.9})
 
 
 def fragment_relation(embed_dim: int = 1024, **changes: Any) -> FragmentRelation:
-    """The release's pooling of one modality; ``changes`` are arguments of :class:`FragmentRelation`."""
+    """The release's pooling of one modality; ``changes`` are arguments of :class:`hrem_layers.FragmentRelation`."""
     return FragmentRelation(embed_dim, **{**SETTINGS["fragments"], **changes})
 
 
 def graph(**changes: Any) -> AssociationGraph:
-    """The release's graph; ``changes`` are arguments of :class:`AssociationGraph`."""
+    """The release's graph; ``changes`` are arguments of :class:`hrem_layers.AssociationGraph`."""
     return AssociationGraph(**{**SETTINGS["graph"], **changes})
 
 
 def interaction(embed_dim: int = 1024, **changes: Any) -> RelationInteraction:
-    """The release's interaction; ``changes`` are arguments of :class:`RelationInteraction`."""
+    """The release's interaction; ``changes`` are arguments of :class:`hrem_layers.RelationInteraction`."""
     return RelationInteraction(embed_dim, **{**SETTINGS["interaction"], **changes})
 
 
 def pair_loss(**changes: Any) -> TripletLoss:
-    """The release's triplet loss; ``changes`` are arguments of :class:`TripletLoss`, as those of :data:`COCO`."""
+    """The release's triplet loss; ``changes`` are arguments of :class:`hrem_layers.TripletLoss`, as those of :data:`COCO`."""
     return TripletLoss(**{**SETTINGS["pair_loss"], **changes})
 
 
@@ -82,7 +82,7 @@ def loss(embed_dim: int = 1024, **changes: Any) -> HREMLoss:
 
     Args:
         embed_dim: D.
-        changes: arguments of :class:`HREMLoss`, whole parts among them, as in
+        changes: arguments of :class:`hrem_layers.HREMLoss`, whole parts among them, as in
             ``loss(64, interaction=interaction(64, num_heads=4), warmup_steps=100)``.
 
     Raises:
