@@ -77,6 +77,23 @@ def test_the_settings_are_what_the_parts_take() -> None:
     assert release.pair_loss(**release.COCO).nonzero_cutoff == 1.9
 
 
+def test_the_settings_are_those_of_the_release() -> None:
+    s = release.SETTINGS
+    assert (s["graph"]["alignment"], s["graph"]["topk"], s["graph"]["neighbor_ratio"]) == ("scan", 10, 0.5)
+    assert (s["graph"]["sigma"], s["graph"]["squared_distance"]) == (1.0, False)
+    assert (s["fragments"]["num_heads"], s["fragments"]["beta"], s["fragments"]["max_pool_k"]) == (16, 0.8, 2)
+    assert (s["interaction"]["mechanism"], s["interaction"]["residual"]) == ("fusion", False)
+    assert (s["pair_loss"]["margin"], s["pair_loss"]["nonzero_cutoff"], s["pair_loss"]["reduction"]) == (
+        0.2,
+        1.7,
+        "sum",
+    )
+    assert (s["loss"]["regularization_weight"], s["loss"]["warmup_steps"]) == (10.0, 8000)
+    training = s["training"]
+    assert (training["epochs"], training["batch_size"], training["embed_dim"]) == (30, 128, 1024)
+    assert (training["lr"], training["lr_steps"], training["grad_clip"]) == (5e-4, (15, 25), 2.0)
+
+
 def test_settings_cannot_be_changed_by_accident() -> None:
     with pytest.raises(TypeError):
         release.SETTINGS["graph"]["topk"] = 3  # type: ignore[index]

@@ -215,8 +215,15 @@ def on_features(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """A data folder whose dev rows are repeated five times, and encoders for it."""
     data = write_folder(tmp_path_factory.mktemp("precomputed"), train=16, dev=6, test=6)
     run = tmp_path_factory.mktemp("small") / "run"
-    flickr30k.main(command(data, run, "--mechanism", "none", "--epochs", "1"))
+    flickr30k.main(command(data, run, "--epochs", "1"))
     return data, run / "best.pt"
+
+
+def test_the_relation_modules_stay_behind(on_features: tuple[Path, Path], tmp_path: Path) -> None:
+    assert any(key.startswith("loss.graph.") for key in checkpoint.load(on_features[1])["model"])
+    save_encoders(tmp_path / "encoders.pt", load_encoders(on_features[1]))
+    kept = torch.load(tmp_path / "encoders.pt", weights_only=True)["model"]
+    assert {key.split(".")[0] for key in kept} == {"image_encoder", "text_encoder"}
 
 
 def test_a_file_of_features(on_features: tuple[Path, Path], tmp_path: Path) -> None:
@@ -295,8 +302,9 @@ def test_errors_are_one_line(
 
 @pytest.mark.parametrize("page", ["search.md", "authors_checkpoint.md"])
 def test_the_page_s_blocks_run(
-    page: str, index: Path, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    page: str, index: Path, trained: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    (tmp_path / "photos").symlink_to(pictures)
     prepare(tmp_path, index, trained, monkeypatch)
     text = (ROOT / "docs" / "recipes" / page).read_text(encoding="utf-8")
     found = re.findall(r"^```python\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE)

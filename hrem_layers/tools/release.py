@@ -73,7 +73,7 @@ def interaction(embed_dim: int = 1024, **changes: Any) -> RelationInteraction:
 
 
 def pair_loss(**changes: Any) -> TripletLoss:
-    """The release's triplet loss; ``changes`` are arguments of :class:`hrem_layers.TripletLoss`, as those of :data:`COCO`."""
+    """The release's triplet loss; ``changes`` are arguments of :class:`hrem_layers.TripletLoss`, as in :data:`COCO`."""
     return TripletLoss(**{**SETTINGS["pair_loss"], **changes})
 
 
