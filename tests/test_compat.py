@@ -42,7 +42,7 @@ def contents(size: str = "small", *, bert: dict[str, Tensor] | None = None, widt
     text["linear.weight"], text["linear.bias"] = torch.randn(dim, width) / 3, torch.randn(dim) / 3
     text |= {key: x + 0.1 * torch.randn_like(x) for key, x in image.items() if key.startswith("aggr.")}
     options = argparse.Namespace(
-        embed_size=dim, img_dim=24, learning_rate=5e-4, lr_schedules=[15, 25], data_path="/data", num_heads=4
+        embed_size=dim, img_dim=24, learning_rate=5e-4, lr_schedules=[15, 25], data_path="/data", nhead=4
     )
     return {"epoch": 7, "model": [image, text], "best_rsum": 531.5, "opt": options, "Eiters": 8000}
 
@@ -74,7 +74,7 @@ def test_the_settings_are_what_the_parts_take() -> None:
             assert getattr(module, name) == value, name
     assert loss.interaction.num_heads == 4 and loss.interaction.residual is False
     assert release.loss(32, graph=None, pair_loss=None).graph.alignment == "scan"
-    assert release.pair_loss(**release.COCO).nonzero_cutoff == 1.9
+    assert release.pair_loss(**release.COCO["pair_loss"]).nonzero_cutoff == 1.9
 
 
 def test_the_settings_are_those_of_the_release() -> None:
@@ -131,7 +131,7 @@ def test_image_embeddings_equal_the_recorded_ones(tmp_path: Path, size: str) -> 
 
     z, _ = recorded(size)
     content = contents(size)
-    content["opt"].num_heads = int(z["num_heads"])
+    content["opt"].nhead = int(z["num_heads"])
     read = compat.read_release_checkpoint(saved(tmp_path / "x.pth", content))
     mask = torch.arange(z["fragments_in"].shape[1]) < z["lengths"].unsqueeze(1)
     encoder = ImageEncoder(read.feature_dim, read.embed_dim, read.relation("image_encoder"))
@@ -252,8 +252,8 @@ REFUSED = {
     r"model\[1\]: missing: bert": lambda c: c["model"][1].pop("bert.embeddings.word_embeddings.weight"),
     "opt.no_imgnorm: expected False": lambda c: setattr(c["opt"], "no_imgnorm", True),
     "opt.deep: expected a plain value, found Namespace": lambda c: setattr(c["opt"], "deep", argparse.Namespace()),
-    "opt.num_heads: expected a divisor": lambda c: setattr(c["opt"], "num_heads", 5),
-    "opt.num_heads: expected a whole number": lambda c: setattr(c["opt"], "num_heads", "4"),
+    "opt.nhead: expected a divisor": lambda c: setattr(c["opt"], "nhead", 5),
+    "opt.nhead: expected a whole number": lambda c: setattr(c["opt"], "nhead", "4"),
 }  # fmt: skip
 
 

@@ -72,8 +72,8 @@ class ReleaseCheckpoint(NamedTuple):
 
     @property
     def num_heads(self) -> int:
-        """Weights do not tell it: the option ``num_heads`` of the run, or else the release's 16."""
-        return int(self.options.get("num_heads", release.SETTINGS["fragments"]["num_heads"]))
+        """Weights do not tell it: the option ``nhead`` of the run, or else the release's 16."""
+        return int(self.options.get("nhead", release.SETTINGS["fragments"]["num_heads"]))
 
     def relation(self, encoder: str) -> FragmentRelation:
         """The pooling of ``"image_encoder"`` or ``"text_encoder"`` with its weights, in eval mode."""
@@ -206,9 +206,9 @@ def _check_options(path: Path, options: Mapping[str, Any]) -> None:
     for name in ("no_imgnorm", "no_txtnorm"):
         if options.get(name):
             raise _fault(path, f"opt.{name}: expected False, found True: similarities are cosines here")
-    heads = options.get("num_heads", 1)
+    heads = options.get("nhead", 1)
     if not isinstance(heads, int) or isinstance(heads, bool) or heads < 1:
-        raise _fault(path, f"opt.num_heads: expected a whole number from 1, found {heads!r}")
+        raise _fault(path, f"opt.nhead: expected a whole number from 1, found {heads!r}")
 
 
 def _rename(path: Path, where: str, weights: Any, parts: Mapping[str, str]) -> dict[str, Tensor]:
@@ -241,7 +241,7 @@ def _check_shapes(path: Path, read: ReleaseCheckpoint) -> None:
             raise _fault(path, f"{where}: missing: the matrix {'fc.fc' if where == 'model[0]' else 'linear'}.weight")
     dim, features = read.embed_dim, read.feature_dim
     if dim % read.num_heads:
-        raise _fault(path, f"opt.num_heads: expected a divisor of the embedding size {dim}, found {read.num_heads}")
+        raise _fault(path, f"opt.nhead: expected a divisor of the embedding size {dim}, found {read.num_heads}")
     with torch.device("meta"):
         relation = release.fragment_relation(dim, num_heads=read.num_heads)
     pooling = {f"relation.{key}": tuple(x.shape) for key, x in relation.state_dict().items()}

@@ -53,8 +53,11 @@ _SETTINGS: dict[str, dict[str, Any]] = {
 SETTINGS: Mapping[str, Mapping[str, Any]] = MappingProxyType({k: MappingProxyType(v) for k, v in _SETTINGS.items()})
 """By section, read-only; of the sections but the last the keys are the arguments of the module that they name."""
 
-COCO = MappingProxyType({"nonzero_cutoff": 1.9})
-"""What the release has otherwise on MS-COCO, all of it in ``pair_loss``: ``release.pair_loss(**release.COCO)``."""
+COCO: Mapping[str, Mapping[str, Any]] = MappingProxyType({
+    "pair_loss": {"nonzero_cutoff": 1.9}, "interaction": {"relation_weight": 1.5}, "training": {"batch_size": 256},
+})  # fmt: skip
+"""What the release, and the command that it gives, have otherwise on MS-COCO, by section:
+``release.pair_loss(**release.COCO["pair_loss"])``."""
 
 
 def fragment_relation(embed_dim: int = 1024, **changes: Any) -> FragmentRelation:
