@@ -16,6 +16,7 @@ from hrem_layers.tools.diagnosis.graph import look_at_graph
 from hrem_layers.tools.diagnosis.history import look_at_history, read_history
 from hrem_layers.tools.diagnosis.masks import look_at_masks
 from hrem_layers.tools.diagnosis.observed import observe
+from hrem_layers.tools.diagnosis.regularizer import look_at_regularizer
 from hrem_layers.tools.diagnosis.terms import look_at_terms
 from hrem_layers.tools.diagnosis.values import look_at_values
 
@@ -98,6 +99,7 @@ def diagnose(
         found += look_at_embeddings(seen)
         found += look_at_terms(own, seen, records)
         found += look_at_graph(own, seen)
+        found += look_at_regularizer(own, seen)
     return Diagnosis(found + look_at_history(records, max_grad_norm))
 
 

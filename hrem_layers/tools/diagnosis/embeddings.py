@@ -8,7 +8,7 @@ from torch import Tensor
 from hrem_layers.tools.diagnosis.findings import Finding
 from hrem_layers.tools.diagnosis.observed import Observed
 
-COLLAPSED = 0.98
+COLLAPSED = 0.99
 """Mean cosine of different samples from which on they count as one vector."""
 FEW_DIMENSIONS, ENOUGH_SAMPLES = 1.5, 8
 

@@ -74,7 +74,9 @@ def _relevance(graph: RelationGraph, weight: float) -> list[Finding]:
         return []
     if weight == 0:
         seen = "relation_weight is 0: relevance is not looked at."
-        remedy = "Give RelationInteraction a relation_weight (1 is the default), or regularization_weight=0 to save L_reg."
+        remedy = (
+            "Give RelationInteraction a relation_weight (1 is the default), or regularization_weight=0 to save L_reg."
+        )
     else:
         seen = f"On the edges of a node, relation_weight · S varies by {_said(spread)} (standard deviation)."
         remedy = (

@@ -34,7 +34,9 @@ def read_history(history: object) -> list[Record]:
         try:
             records.append({name: _number(entry[name]) for name in KNOWN if name in entry})
         except (TypeError, ValueError, RuntimeError) as error:
-            raise TypeError(f"history[{step}] must hold numbers or tensors of one element, got {said(entry)}") from error
+            raise TypeError(
+                f"history[{step}] must hold numbers or tensors of one element, got {said(entry)}"
+            ) from error
     return records
 
 

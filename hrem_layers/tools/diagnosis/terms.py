@@ -1,4 +1,4 @@
-"""Terms of the loss that stand still, outweigh the others, or have nothing to compare."""
+"""Terms of the loss that stand still or have nothing to compare."""
 
 from __future__ import annotations
 
@@ -16,17 +16,13 @@ from hrem_layers.tools.diagnosis.observed import Observed, untouched
 
 NEAR = 0.02
 """So near to the value of equal similarities, as a share of it, a term stands at it."""
-LARGE, SMALL = 0.5, 0.01
-"""Share of L_reg in the total, and L_reg over the pair terms."""
-LEARNED = 0.1
-"""Below this share of the value of equal similarities a pair loss has done its work."""
 NOBODY = 0.1
 """Share of the anchors."""
 
 
 def look_at_terms(loss: HREMLoss, seen: Observed, history: Sequence[Record]) -> list[Finding]:
     with torch.no_grad(), untouched(loss, seen.image.device):
-        return [*_nobody(loss, seen), *_at_chance(loss, seen, history), *_regularizer(loss, seen)]
+        return [*_nobody(loss, seen), *_at_chance(loss, seen, history)]
 
 
 def _nobody(loss: HREMLoss, seen: Observed) -> list[Finding]:
@@ -121,7 +117,7 @@ def _scale(pair_loss: object) -> float:
     margin, temperature = getattr(pair_loss, "margin", None), getattr(pair_loss, "temperature", None)
     for unit in (margin, temperature):
         if isinstance(unit, float) and unit > 0:
-            return 0.2 * unit
+            return 0.1 * unit
     return 0.02
 
 
@@ -132,32 +128,3 @@ def _hinge_in_words(pair_loss: TripletLoss, positives: Tensor) -> str:
     if pair_loss.reduction == "mean":
         return f"2·margin = {2 * pair_loss.margin:g}"
     return f"2·N·margin = 2·{pairs}·{pair_loss.margin:g}"
-
-
-def _regularizer(loss: HREMLoss, seen: Observed) -> list[Finding]:
-    if not loss.regularization_weight or not (loss.enhanced_weight or loss.cross_weight):
-        return []
-    terms = seen.terms
-    regularization = loss.regularization_weight * float(terms.regularization)
-    pairs = float(terms.total) - regularization
-    equal = equal_value(loss.pair_loss, seen.positives, seen.image)
-    if pairs <= 0 or (float(terms.base) < LEARNED * equal and regularization > pairs):
-        return []  # the pair terms have become small because they were learned
-    n = seen.positives.shape[0]
-    text = (
-        f"{loss.regularization_weight:g}·L_reg = {regularization:.3g}, the pair terms {pairs:.3g}: "
-        f"{100 * regularization / (regularization + pairs):.2g}% of the total at N = {n}."
-    )
-    scale = (
-        "L_reg is a mean over the nodes, a pair loss with reduction=\"sum\" grows with the batch: with reduction=\"mean\" the "
-        "ratio does not depend on N."
-    )
-    if regularization > LARGE * (regularization + pairs):
-        wish = 0.1 * pairs / float(terms.regularization)
-        remedy = f"Lower regularization_weight (to {wish:.2g} for a tenth of the pair terms). {scale}"
-        return [Finding("regulariser too large", text, remedy)]
-    if regularization < SMALL * pairs:
-        at = "" if regularization <= 0 else f" (to {0.1 * pairs / float(terms.regularization):.2g} for a tenth of them)"
-        remedy = f"It has no effect. Raise regularization_weight{at}, or set it to 0 and save its cost. {scale}"
-        return [Finding("regulariser too small", text, remedy)]
-    return []
