@@ -46,7 +46,8 @@ def diagnose(
     graph that is nearly empty or full; relevance that is the same on all edges; L_reg far larger or smaller than the
     pair terms; gradient clipping that is always active. Nothing found is no proof that all is well.
 
-    It computes the terms once more, in eval mode and without gradients, and leaves the loss as it was: no step is counted,
+    It computes the terms once more, in eval mode and without gradients, and leaves the loss as it was: no step is
+    counted,
     no random number drawn, no gradient touched. Call it now and then or when something looks wrong, not in each step.
     It looks at this process's own batch, also with ``gather_distributed``.
 
@@ -66,7 +67,8 @@ def diagnose(
         max_grad_norm: what the gradient is clipped to; needs ``grad_norm`` in the history.
 
     Returns:
-        Diagnosis: a list of findings, each with a name, what was seen and what to do; ``str()`` of it is a text to print.
+        Diagnosis: a list of findings, each with a name, what was seen and what to do; ``str()`` of it is a text to
+            print.
 
     Raises:
         TypeError, ValueError: as the loss itself raises them; or the history has another form.

@@ -13,14 +13,18 @@ COLLAPSED = 0.99
 FEW_DIMENSIONS, ENOUGH_SAMPLES = 1.5, 8
 
 PLAIN = (
-    "All similarities are then alike and the gradient of their differences vanishes. Start again from a checkpoint before "
-    'it, with a lower learning rate or a warm-up of it; TripletLoss("hardest" negatives) from the first step is a common '
+    "All similarities are then alike and the gradient of their differences vanishes. Start again "
+    "from a checkpoint before "
+    'it, with a lower learning rate or a warm-up of it; TripletLoss("hardest" negatives) from the '
+    "first step is a common "
     'cause: start with "all" or "distance_weighted". Look whether the encoder gets different inputs at all (a mask, a '
     "normalisation or a pooling that leaves only a bias), and whether a large mean vector is added to every embedding."
 )
 ENHANCED = (
-    "The relation modules moved faster than the encoders. Give loss.relation_parameters() a tenth of the learning rate, "
-    "use warmup_steps (10 to 30% of all steps), and keep RelationInteraction(residual=True); restart the relation modules, "
+    "The relation modules moved faster than the encoders. Give loss.relation_parameters() a tenth of "
+    "the learning rate, "
+    "use warmup_steps (10 to 30% of all steps), and keep RelationInteraction(residual=True); restart "
+    "the relation modules, "
     "for they seldom come back by themselves."
 )
 

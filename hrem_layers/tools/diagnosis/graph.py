@@ -41,7 +41,8 @@ def _edges(graph: RelationGraph) -> list[Finding]:
         seen = f"A node has {total:.2g} edges to others on average, of {nodes - 1} possible ({_said(per_node)})."
         remedy = (
             "Enhanced embeddings are then those of single samples. Raise neighbor_ratio, or candidates; with "
-            "exclude_positives the batch must hold other images; a graph of your own should connect every node to others."
+            "exclude_positives the batch must hold other images; a graph of your own should connect "
+            "every node to others."
         )
         found.append(Finding("graph nearly empty", seen, remedy))
     crowded = [name for name in large if per_node[name] > FULL * possible[name]]
@@ -49,7 +50,8 @@ def _edges(graph: RelationGraph) -> list[Finding]:
         share = {name: 100 * per_node[name] / possible[name] for name in crowded}
         seen = f"Of the possible edges there are {_said(share, '%')}."
         remedy = (
-            "Nobody is chosen, and each sample gets the same mixture. Lower neighbor_ratio (0.5 is the release's). If it is "
+            "Nobody is chosen, and each sample gets the same mixture. Lower neighbor_ratio (0.5 is "
+            "the release's). If it is "
             "low already, nodes tie: embeddings or fragments are equal, look at collapsed embeddings and at the masks."
         )
         found.append(Finding("graph nearly full", seen, remedy))
@@ -80,9 +82,12 @@ def _relevance(graph: RelationGraph, weight: float) -> list[Finding]:
     else:
         seen = f"On the edges of a node, relation_weight · S varies by {_said(spread)} (standard deviation)."
         remedy = (
-            "Attention then weighs all neighbours alike. Blocks i2i and t2t: S = exp(−distance/sigma), so choose sigma near "
-            "the distance of neighbours (larger and smaller ones flatten it), or the embeddings are equally far from each "
-            "other. Blocks i2t and t2i: the fragments of a sample are alike, or the masks are wrong. Or raise relation_weight."
+            "Attention then weighs all neighbours alike. Blocks i2i and t2t: S = "
+            "exp(−distance/sigma), so choose sigma near "
+            "the distance of neighbours (larger and smaller ones flatten it), or the embeddings are "
+            "equally far from each "
+            "other. Blocks i2t and t2i: the fragments of a sample are alike, or the masks are wrong. "
+            "Or raise relation_weight."
         )
     return [Finding("flat relevance", seen, remedy)]
 

@@ -60,11 +60,13 @@ def look_at_history(history: Sequence[Record], max_grad_norm: float | None) -> l
         return []
     middle = statistics.median(norms)
     seen = (
-        f"The gradient was longer than max_grad_norm = {max_grad_norm:g} in {clipped} of {len(norms)} steps; its median "
+        f"The gradient was longer than max_grad_norm = {max_grad_norm:g} in {clipped} of {len(norms)} "
+        "steps; its median "
         f"length is {middle:.3g}, {middle / max_grad_norm:.3g} times as much."
     )
     remedy = (
-        "Each step then has the same length whatever the loss, and its sum or mean, its weights and the batch size change "
+        "Each step then has the same length whatever the loss, and its sum or mean, its weights and "
+        "the batch size change "
         f"nothing but the direction. Clip at outliers only: max_grad_norm above {_quantile(norms, 0.9):.2g} (the 90th "
         'percentile), or make the gradient smaller by reduction="mean" in the pair loss.'
     )

@@ -11,7 +11,8 @@ SHARE = 0.02
 """From this share of the fragments on, padding that counts as real is told of."""
 
 INVERSE = (
-    "Here True = real, as in the attention_mask of transformers. The key_padding_mask of torch.nn.MultiheadAttention is "
+    "Here True = real, as in the attention_mask of transformers. The key_padding_mask of "
+    "torch.nn.MultiheadAttention is "
     "the inverse: give ~key_padding_mask. If the batch is padded on the left, this is right and nothing need be done."
 )
 PADDED = (
@@ -41,7 +42,8 @@ def _look(side: str, fragments: Tensor, mask: Tensor | None) -> list[Finding]:
     if empty:
         seen = f"{empty} of {real.shape[0]} rows of {side}_mask have no True at all."
         remedy = (
-            "Such a sample aligns with nothing (p = 0, q = 0). An empty caption or an image without boxes should be left "
+            "Such a sample aligns with nothing (p = 0, q = 0). An empty caption or an image without "
+            "boxes should be left "
             f"out of the batch. Or the mask is inverted: {INVERSE}"
         )
         found.append(Finding("samples without fragments", seen, remedy))
@@ -51,7 +53,8 @@ def _look(side: str, fragments: Tensor, mask: Tensor | None) -> list[Finding]:
         all_true = mask is None or bool(mask.all())
         seen = (
             f"{what}{'' if mask is None else ' is all True' if all_true else ' calls padding real'}, but {wrong} of "
-            f"{int(real.sum())} fragments that count as real are zero, or one and the same vector up to the end of the row."
+            f"{int(real.sum())} fragments that count as real are zero, or one and the same vector up "
+            "to the end of the row."
         )
         found.append(Finding("padding counts as real", seen, PADDED))
     return found

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,12 +32,12 @@ def observe(loss: HREMLoss, batch: Batch) -> Observed:
     device = batch.image_embedding.device
     v, u = (l2_normalize(x.detach().to(compute_dtype(x.dtype))) for x in batch[:2])
     positives = find_positives(v.shape[0], batch.image_ids, batch.image_index, batch.positives, device)
-    arguments, keywords = batch[:7], {"image_index": batch.image_index, "positives": batch.positives}
+    given: dict[str, Any] = {"image_index": batch.image_index, "positives": batch.positives}
     with torch.no_grad(), untouched(loss, device):
-        terms = loss.terms(*arguments, **keywords)
+        terms = loss.terms(*batch[:7], **given)
         if not (loss.enhanced_weight or loss.cross_weight or loss.regularization_weight):
             return Observed(v, u, None, None, positives, None, terms)
-        graph, v_enhanced, u_enhanced = loss.relate(*arguments, **keywords)
+        graph, v_enhanced, u_enhanced = loss.relate(*batch[:7], **given)
     return Observed(v, u, v_enhanced, u_enhanced, positives, graph, terms)
 
 

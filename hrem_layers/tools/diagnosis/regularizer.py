@@ -18,12 +18,14 @@ SHARE = 0.5
 LEARNED = 0.1
 """Below this share of the value of equal similarities a pair loss has done its work."""
 STRONG, WEAK = 3000.0, 0.02
-"""Gradient of L_reg over that of the pair terms, on S across the modalities. 0.04 to 300 in a training with the defaults."""
+"""Gradient of L_reg over that of the pair terms, on S across the modalities. 0.04 to 300 in a training with
+the defaults."""
 NOTHING = 0.01
 """L_reg over the pair terms: what is weak by its gradient must also be small."""
 
 SCALE = (
-    'L_reg is a mean over the nodes and a pair loss with reduction="sum" grows with the batch; with reduction="mean" their '
+    'L_reg is a mean over the nodes and a pair loss with reduction="sum" grows with the batch; with '
+    'reduction="mean" their '
     "ratio does not depend on N."
 )
 
@@ -35,7 +37,8 @@ def look_at_regularizer(loss: HREMLoss, seen: Observed) -> list[Finding]:
     pairs = float(seen.terms.total) - value
     ratio = _gradient_ratio(loss, seen, seen.graph)
     text = (
-        f"{loss.regularization_weight:g}·L_reg is {value:.3g}, the pair terms {pairs:.3g} at N = {seen.positives.shape[0]}; "
+        f"{loss.regularization_weight:g}·L_reg is {value:.3g}, the pair terms {pairs:.3g} at N = "
+        f"{seen.positives.shape[0]}; "
         f"on S across the modalities its gradient is {ratio:.2g} times theirs."
     )
     with torch.no_grad(), untouched(loss, seen.image.device):
@@ -48,8 +51,9 @@ def look_at_regularizer(loss: HREMLoss, seen: Observed) -> list[Finding]:
         remedy = f"Lower regularization_weight, to {wish:.1g} say, or relevance learns nothing from the pairs. {SCALE}"
         return [Finding("regulariser too large", text, remedy)]
     if ratio < WEAK and value < NOTHING * pairs:
-        wish = loss.regularization_weight * 0.3 / ratio if ratio > 0 else None
-        raised = "Raise regularization_weight" + ("" if wish is None else f", to {wish:.1g} say")
+        raised = "Raise regularization_weight"
+        if ratio > 0:
+            raised += f", to {loss.regularization_weight * 0.3 / ratio:.1g} say"
         remedy = f"Nothing holds relevance near the geometry of the embeddings. {raised}, or set it to 0. {SCALE}"
         return [Finding("regulariser too small", text, remedy)]
     return []
@@ -81,4 +85,5 @@ def _gradient_ratio(loss: HREMLoss, seen: Observed, graph: RelationGraph) -> flo
 
 def _across(grad: Tensor, graph: RelationGraph) -> float:
     blocks = graph._replace(relevance=grad.double())
-    return float(sum(blocks.block(name).relevance.square().sum() for name in ("i2t", "t2i"))) ** 0.5
+    i2t, t2i = (float(blocks.block(name).relevance.square().sum()) for name in ("i2t", "t2i"))
+    return math.sqrt(i2t + t2i)

@@ -44,8 +44,10 @@ def _nobody(loss: HREMLoss, seen: Observed) -> list[Finding]:
         return []
     said = "; ".join(f"{count} {why}" for why, count in counts.items() if count)
     remedy = (
-        "Such an anchor adds nothing to the loss. No positive: image_ids, image_index or positives do not match the rows. "
-        "Only positives: the batch holds one image over and over, or image_ids is constant. Left out: the negatives are "
+        "Such an anchor adds nothing to the loss. No positive: image_ids, image_index or positives "
+        "do not match the rows. "
+        "Only positives: the batch holds one image over and over, or image_ids is constant. Left "
+        "out: the negatives are "
         'farther than nonzero_cutoff; raise it (up to 2), or use "hardest" or "expected" negatives.'
     )
     return [Finding("anchors without candidates", f"Of {anchors} anchors {said}.", remedy)]
@@ -99,14 +101,18 @@ def _at_chance(loss: HREMLoss, seen: Observed, history: Sequence[Record]) -> lis
     title = "hinge at the margin" if all(hinge for _, hinge, _ in found) else "pair loss at chance"
     if any(name == "base" for name, _, _ in found):
         remedy = (
-            "The encoders tell no pair from another: look at collapsed embeddings first, then at the order of images and "
-            "texts (row i of both must belong together, or image_index say so) and at image_ids. In the first steps of a "
-            'training it is normal. Else a lower learning rate, a warm-up of it, and "all" or "distance_weighted" negatives '
+            "The encoders tell no pair from another: look at collapsed embeddings first, then at the "
+            "order of images and "
+            "texts (row i of both must belong together, or image_index say so) and at image_ids. In "
+            "the first steps of a "
+            'training it is normal. Else a lower learning rate, a warm-up of it, and "all" or '
+            '"distance_weighted" negatives '
             'instead of "hardest".'
         )
     else:
         remedy = (
-            "Only the relational term stands still: give loss.relation_parameters() a tenth of the learning rate, or use "
+            "Only the relational term stands still: give loss.relation_parameters() a tenth of the "
+            "learning rate, or use "
             "warmup_steps (10 to 30% of all steps)."
         )
     return [Finding(title, " ".join(text for _, _, text in found), remedy)]

@@ -19,8 +19,10 @@ def look_at_values(loss: HREMLoss, batch: Batch, history: Sequence[Record]) -> l
     if not places:
         return []
     remedy = (
-        "Look at the first place named: embeddings and fragments come from the encoders (float16 overflows at 65504, the "
-        "square root of 0 and the mean over no words have no finite gradient or value); parameters and gradients became so "
+        "Look at the first place named: embeddings and fragments come from the encoders (float16 "
+        "overflows at 65504, the "
+        "square root of 0 and the mean over no words have no finite gradient or value); parameters "
+        "and gradients became so "
         "in an earlier step: go back to a checkpoint, lower the learning rate, clip the gradient, and do not step "
         "when its norm is not finite."
     )

@@ -1,7 +1,8 @@
 """Pictures of what the relations of a batch are: needs matplotlib, ``pip install "hrem-layers[plot]"``.
 
 Every function returns a :class:`matplotlib.figure.Figure` that no window and no global state knows of: show it in a
-notebook by being the last value of a cell, save it with ``figure.savefig("graph.png")``. The colours keep their order in
+notebook by being the last value of a cell, save it with ``figure.savefig("graph.png")``. The colours keep their order
+in
 grey print and for colour-blind readers.
 """
 

@@ -115,8 +115,8 @@ def _panel(
     known = np.where(real & np.isfinite(values), values, -np.inf)
     if np.isfinite(known).any():
         left, top, right, bottom = areas[int(known.argmax())]
-        for colour, width in (("white", 3.6), ("#d55e00", 1.8)):  # seen on light and on dark
-            ax.add_patch(Rectangle((left, top), right - left, bottom - top, fill=False, edgecolor=colour, lw=width))
+        for edge, width in (("white", 3.6), ("#d55e00", 1.8)):  # seen on light and on dark
+            ax.add_patch(Rectangle((left, top), right - left, bottom - top, fill=False, edgecolor=edge, lw=width))
     ax.set_xlim(-0.5, picture.shape[1] - 0.5)
     ax.set_ylim(picture.shape[0] - 0.5, -0.5)
 
@@ -135,7 +135,7 @@ def _labels(words: Sequence[str] | None, real: npt.NDArray[Any]) -> list[str]:
     if isinstance(words, str):
         raise TypeError(f"words must be a list of strings, one per word, got the string {words!r}")
     if len(words) == len(real):
-        return [str(words[index]) for index in chosen]
+        return [str(words[int(index)]) for index in chosen]
     if len(words) == len(chosen):
         return list(map(str, words))
     raise ValueError(f"words must hold {len(real)}, one per fragment, or {len(chosen)} real ones, got {len(words)}")

@@ -33,7 +33,8 @@ def plot_neighbors(
         node: ``"image"`` or ``"text"``: what ``index`` counts.
         images: N pictures (arrays (H, W, 3) of uint8 or floats in [0, 1], or PIL images); None = numbers instead.
         captions: M strings; None = numbers instead.
-        image_index: (M,) integer, the image that each text describes, to mark what belongs to the sample; None = row by row.
+        image_index: (M,) integer, the image that each text describes, to mark what belongs to the sample; None = row
+            by row.
         limit: neighbours shown per modality, at least 1.
 
     Returns:

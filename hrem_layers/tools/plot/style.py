@@ -26,7 +26,7 @@ LINES = (
     ("#cc79a7", (0, (5, 1, 1, 1, 1, 1)), "v"),
     ("#e69f00", (0, (1, 1)), "P"),
 )
-TEXT = {"font.size": 9, "axes.titlesize": 9.5, "axes.labelsize": 9, "svg.fonttype": "path"}
+TEXT: Any = {"font.size": 9, "axes.titlesize": 9.5, "axes.labelsize": 9, "svg.fonttype": "path"}
 
 
 def new_figure(width: float, height: float) -> Figure:

@@ -33,11 +33,13 @@ def plot_terms(
 ) -> Figure:
     """Pair losses above, each by itself and unweighted; L_reg below, on a scale of its own.
 
-    Steps in which a relational term is 0 because it was not computed (warm-up) are left out of its line, so that the end of
+    Steps in which a relational term is 0 because it was not computed (warm-up) are left out of its line, so that the
+    end of
     a warm-up looks like the beginning of a line and not like an explosion.
 
     Args:
-        history: one entry per step: :class:`~hrem_layers.HREMTerms`, or a mapping with its names; others are passed over.
+        history: one entry per step: :class:`~hrem_layers.HREMTerms`, or a mapping with its names; others are passed
+            over.
         warmup_steps: shaded, if more than 0.
         smooth: mean over so many steps, at least 1; the values themselves stay visible, paler.
         chance: where the pair losses would be if all similarities were equal, as a horizontal line: 2·N·margin for
@@ -61,7 +63,8 @@ def plot_terms(
     regularized = bool(np.isfinite(values["regularization"]).any())
     with text_style():
         figure = new_figure(7.2, 4.6 if regularized else 3.4)
-        axes = figure.subplots(2 if regularized else 1, 1, sharex=True, squeeze=False, height_ratios=(3, 1)[: 1 + regularized])
+        rows = 2 if regularized else 1
+        axes = figure.subplots(rows, 1, sharex=True, squeeze=False, height_ratios=(3, 1)[:rows])
         above = axes[0, 0]
         for name, style in zip(PAIR_TERMS, LINES, strict=False):
             _line(above, LABELS[name], values[name], style, smooth)
