@@ -16,7 +16,7 @@ from matplotlib.patches import Rectangle
 from torch import Tensor
 
 from hrem_layers._core.checks import check_bool_tensor, check_int, check_tensor
-from hrem_layers._core.numerics import cosine_matrix
+from hrem_layers._core.numerics import l2_normalize
 from hrem_layers.tools.plot.style import SEQUENTIAL, check_picture, new_figure, text_style, to_array, wrapped
 
 OVERLAY = 0.72
@@ -67,7 +67,8 @@ def plot_alignment(
     labels = _labels(words, real_words)
     shown = check_picture("picture", picture)
     areas = _boxes(boxes, r) if boxes is not None else _cells(grid, r, *shown.shape[:2])
-    cosines = to_array(cosine_matrix(text_fragments.detach().float(), image_fragments.detach().float()))
+    regions, texts = (l2_normalize(x.detach().float()) for x in (image_fragments, text_fragments))
+    cosines = to_array(texts @ regions.t())
 
     chosen = np.flatnonzero(real_words)
     values = cosines[np.ix_(chosen, np.flatnonzero(real_regions))]

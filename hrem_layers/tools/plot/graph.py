@@ -21,7 +21,8 @@ def plot_graph(graph: RelationGraph, *, all_relevance: bool = False) -> Figure:
     """A and S of a batch, images first: the row is the node that receives.
 
     The colours of S are scaled in each block by itself, for the blocks have different units: across the modalities
-    relevance is learned, within one it is a function of the distance. The bars beside say which colour is which value.
+    relevance is learned, within one it is a function of the distance, with a sample's own
+    value (1, the diagonal) left out of the scale. The bars beside say which colour is which value.
 
     Args:
         graph: over N images and M texts, from ``loss.relate(...)`` or an :class:`hrem_layers.AssociationGraph`.
@@ -50,32 +51,34 @@ def plot_graph(graph: RelationGraph, *, all_relevance: bool = False) -> Figure:
     shown = relevance if all_relevance else np.where(connection, relevance, np.nan)
     with text_style():
         figure = new_figure(10.4, 4.8)
-        left, right = figure.subplots(1, 2, width_ratios=(1, 1.28))
+        left, right, bars = figure.subplots(1, 3, width_ratios=(1, 1, 0.36))
+        bars.axis("off")
         colours = ListedColormap(["#ffffff", "#1a1a1a"])
         left.imshow(connection, cmap=colours, vmin=0, vmax=1, interpolation="nearest")
         left.set_title("connection A: black = edge")
         _frame(left, n, nodes)
-        _relevance(figure, right, shown, n)
+        _relevance(figure, right, bars, shown, n)
         right.set_title("relevance S" + ("" if all_relevance else " on edges (white: no edge)"))
         _frame(right, n, nodes)
     return figure
 
 
-def _relevance(figure: Figure, ax: Axes, values: npt.NDArray[Any], n: int) -> None:
+def _relevance(figure: Figure, ax: Axes, bars: Axes, values: npt.NDArray[Any], n: int) -> None:
     nodes = len(values)
     for row, (top, bottom) in enumerate(((0, n), (n, nodes))):
         for column, (start, end) in enumerate(((0, n), (n, nodes))):
             block = values[top:bottom, start:end]
             if not block.size:
                 continue
-            finite = block[np.isfinite(block)]
+            others = block[~np.eye(len(block), dtype=bool)] if row == column else block  # a sample's 1 for itself aside
+            finite = others[np.isfinite(others)]
             low, high = (float(finite.min()), float(finite.max())) if finite.size else (0.0, 1.0)
             image = ax.imshow(
                 block, cmap=SEQUENTIAL, vmin=low, vmax=max(high, low + 1e-6), interpolation="nearest",
                 extent=(start - 0.5, end - 0.5, bottom - 0.5, top - 0.5),
             )  # fmt: skip
             # two bars on the right, one above the other per row of blocks and side by side per column
-            place = ax.inset_axes((1.04 + 0.24 * column, 0.55 - 0.5 * row, 0.035, 0.38))
+            place = bars.inset_axes((0.52 * column, 0.55 - 0.5 * row, 0.09, 0.33))
             figure.colorbar(image, cax=place)
             place.set_title(BLOCK_NAMES[row][column].replace(" from ", "\nfrom "), fontsize=7.5, loc="left")
             place.tick_params(labelsize=7)
