@@ -1,4 +1,4 @@
-"""Makes docs/tutorial.ipynb of the page docs/tutorial.md and, with ``--pictures``, the page's pictures by running it."""
+"""Makes docs/tutorial.ipynb of docs/tutorial.md and, with ``--pictures``, that page's pictures by running it."""
 
 from __future__ import annotations
 

@@ -104,4 +104,5 @@ def _spread(values: Tensor, edges: Tensor) -> float | None:
 
 
 def _said(values: dict[str, float], unit: str = "") -> str:
-    return ", ".join(f"{value:.2g}{unit} in {name}" for name, value in values.items())
+    digits = ".0f" if unit else ".2g"
+    return ", ".join(f"{value:{digits}}{unit} in {name}" for name, value in values.items())
