@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
+import doctest
 import math
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from hrem_layers import AssociationGraph, HREMLoss, InfoNCELoss, RelationGraph, RelationInteraction, TripletLoss
+from hrem_layers import AssociationGraph, HREMLoss, InfoNCELoss, RelationGraph, RelationInteraction, TripletLoss, tools
 from hrem_layers.tools import Diagnosis, diagnose
 
 N, R, W, D = 16, 9, 6, 32
@@ -390,3 +391,9 @@ def test_other_arguments_are_refused_in_one_line() -> None:
 def test_terms_can_be_logged_as_they_come() -> None:
     loss, given = HREMLoss(D), batch()
     assert diagnose(loss, *given, history=[loss.terms(*given) for _ in range(3)]).names == names(*given, loss=loss)
+
+
+@pytest.mark.parametrize("name", ["Diagnosis", "Finding", "diagnose"])
+def test_examples(name: str) -> None:
+    for test in doctest.DocTestFinder().find(getattr(tools, name), name):
+        assert not doctest.DocTestRunner().run(test).failed
