@@ -96,8 +96,8 @@ def test_the_kernel_is_the_loop():
 def kernel_in_the_interpreter():
     count = 0
 
-    @settings(max_examples=25, deadline=None, database=None, derandomize=True)
-    @given(case=cases(3, 20, 40))
+    @settings(max_examples=10, deadline=None, database=None, derandomize=True)
+    @given(case=cases(3, 20, 20))
     def kernel_is_the_loop(case):
         nonlocal count
         count += 1
