@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 
 from hrem_layers._core.checks import said
 from hrem_layers.relations import RelationGraph, check_graph
+from hrem_layers.tools.diagnosis.observed import as_dense
 from hrem_layers.tools.plot.style import SEQUENTIAL, new_figure, text_style, to_array
 
 BLOCK_NAMES = (("images from images", "images from texts"), ("texts from images", "texts from texts"))
@@ -42,6 +43,7 @@ def plot_graph(graph: RelationGraph, *, all_relevance: bool = False) -> Figure:
         >>> graph = AssociationGraph()(v, u, torch.randn(8, 36, 64), torch.randn(8, 12, 64))
         >>> plot.plot_graph(graph).savefig("graph.png")  # doctest: +SKIP
     """
+    graph = cast(RelationGraph, as_dense(graph))
     if not isinstance(graph, RelationGraph):
         raise TypeError(f"graph must be a RelationGraph, got {said(graph)}")
     nodes = graph.connection.shape[0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from hrem_layers._core.checks import check_choice, check_int, said
 from hrem_layers.relations import RelationGraph
+from hrem_layers.tools.diagnosis.observed import as_dense
 from hrem_layers.tools.plot.style import check_picture, new_figure, plain, text_style, to_array, wrapped
 
 
@@ -44,6 +46,7 @@ def plot_neighbors(
     Raises:
         TypeError, ValueError: an argument has the wrong type, length or range.
     """
+    graph = cast(RelationGraph, as_dense(graph))
     if not isinstance(graph, RelationGraph):
         raise TypeError(f"graph must be a RelationGraph, got {said(graph)}")
     check_choice("node", node, ("image", "text"))
