@@ -325,14 +325,14 @@ def test_non_finite_parameters_gradients_and_history() -> None:
 
 
 def test_the_loss_is_left_as_it_was() -> None:
-    loss, given = HREMLoss(D, warmup_steps=5, pair_loss=InfoNCELoss(learnable=True)), batch()
+    loss, given = HREMLoss(D, warmup_steps=5, gather_distributed=True, cross_pair_loss=InfoNCELoss(learnable=True)), batch()
     loss.interaction.eval()
     loss.graph.requires_grad_(False)
     before, state = copy.deepcopy(loss.state_dict()), torch.get_rng_state()
     diagnose(loss, *given)
     assert torch.equal(torch.get_rng_state(), state)
     assert all(torch.equal(x, before[name]) for name, x in loss.state_dict().items())
-    assert loss.training and not loss.interaction.training
+    assert loss.training and loss.gather_distributed and not loss.interaction.training
     assert all(p.grad is None for p in loss.parameters())
     loss(*given)
     assert int(loss.step) == 1
