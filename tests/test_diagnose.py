@@ -325,7 +325,8 @@ def test_non_finite_parameters_gradients_and_history() -> None:
 
 
 def test_the_loss_is_left_as_it_was() -> None:
-    loss, given = HREMLoss(D, warmup_steps=5, gather_distributed=True, cross_pair_loss=InfoNCELoss(learnable=True)), batch()
+    options = {"gather_distributed": True, "cross_pair_loss": InfoNCELoss(learnable=True)}
+    loss, given = HREMLoss(D, warmup_steps=5, **options), batch()
     loss.interaction.eval()
     loss.graph.requires_grad_(False)
     before, state = copy.deepcopy(loss.state_dict()), torch.get_rng_state()
