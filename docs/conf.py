@@ -1,6 +1,7 @@
 """Sphinx configuration: ``make docs`` after ``pip install -c constraints.txt -e ".[docs]"``. Needs no network."""
 
 import zlib
+from importlib.util import find_spec
 from pathlib import Path
 
 from sphinx.ext.intersphinx import missing_reference
@@ -29,6 +30,7 @@ html_title = "hrem-layers"
 html_static_path = ["static"]
 html_css_files = ["pages.css"]
 exclude_patterns = ["build", "static"]
+autodoc_mock_imports = ["matplotlib"] if find_spec("matplotlib") is None else []
 nitpicky = True
 
 # What the pages refer to elsewhere. An inventory fetched from the network would hide a misspelt name on the day on
@@ -60,6 +62,10 @@ ELSEWHERE = {
             "numpy.floating": "reference/arrays.scalars.html",
             "numpy.int64": "reference/arrays.scalars.html",
         },
+    ),
+    "matplotlib": (
+        "https://matplotlib.org/stable",
+        {"matplotlib.figure.Figure": "api/figure_api.html"},
     ),
     "python": (
         "https://docs.python.org/3",

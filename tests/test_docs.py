@@ -15,8 +15,12 @@ from readme_loop import python_blocks
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")])
 # Whole programs that tests of their own run, with the data and the processes that those need
-ELSEWHERE = {"README.md": "test_readme.py", "sampler.md": "test_sampler_docs.py"}
-EXTRAS = {"accelerate", "datasets", "faiss", "gradio", "lightning", "matplotlib", "torchmetrics", "transformers"}
+ELSEWHERE = {
+    "README.md": "test_readme.py",
+    "sampler.md": "test_sampler_docs.py",
+    "tutorial.md": "test_tutorial.py",
+}
+EXTRAS = {"accelerate", "PIL", "datasets", "faiss", "gradio", "lightning", "matplotlib", "torchmetrics", "transformers"}
 
 
 class Block(NamedTuple):
