@@ -25,7 +25,8 @@ from hrem_layers.distributed import agree, gather_embeddings, is_distributed, on
 from hrem_layers.graph import AssociationGraph
 from hrem_layers.interaction import RelationInteraction
 from hrem_layers.losses import TripletLoss
-from hrem_layers.relations import Cosines, RelationGraph, check_graph, pair_cosines
+from hrem_layers.relations import Cosines, pair_cosines
+from hrem_layers.sparse import AnyGraph, check_any_graph
 
 _Result = TypeVar("_Result")
 PairLoss = Callable[[Tensor, Tensor], Tensor]
@@ -68,7 +69,7 @@ class Relations(NamedTuple):
         (torch.Size([4, 4]), torch.Size([4, 64]))
     """
 
-    graph: RelationGraph
+    graph: AnyGraph
     image_enhanced: Tensor
     """v̄ (N, D), L2-normalised."""
     text_enhanced: Tensor
@@ -310,7 +311,7 @@ class HREMLoss(nn.Module):
             v, u, batch.image_fragments, batch.text_fragments, batch.image_mask, batch.text_mask,
             image_index=batch.image_index, positives=positives, cosines=cosines, exchange=exchange,
         )  # fmt: skip
-        check_graph(graph, v.shape[0], u.shape[0], v.device)
+        check_any_graph(graph, v.shape[0], u.shape[0], v.device)
         enhanced = self.interaction(v, u, graph)
         if not isinstance(enhanced, tuple) or len(enhanced) != 2:
             raise TypeError(f"interaction must return (image_enhanced, text_enhanced), got {said(enhanced)}")

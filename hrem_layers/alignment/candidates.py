@@ -109,12 +109,6 @@ def align_candidates(
     return mean, top
 
 
-def scatter_rows(values: Tensor, index: Tensor) -> Tensor:
-    """``values`` (N, k) at the columns ``index`` (N, k) of an (N, N) matrix of zeros (False)."""
-    n = values.shape[0]
-    return values.new_zeros(n, n).scatter(1, index, values)
-
-
 @torch.library.custom_op("hrem_layers::align_candidates", mutates_args=())
 def _align_op(
     x: Tensor,
