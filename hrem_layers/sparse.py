@@ -87,6 +87,11 @@ class SparseRelationGraph(NamedTuple):
     excluded: Tensor | PairIds | None = None
     """Pairs that must not see each other, not over a third node either: (N, M) bool, or equal ids; None = none."""
 
+    @property
+    def candidates(self) -> Candidates:
+        """The pairs across the modalities that S knows."""
+        return Candidates(self.block("i2t").index, self.block("t2i").index)
+
     def block(self, name: str) -> SparseRelationBlock:
         """One of the four blocks, ``"i2i"``, ``"i2t"``, ``"t2i"``, ``"t2t"``; its columns count from 0.
 
@@ -112,7 +117,7 @@ class SparseRelationGraph(NamedTuple):
             _scatter(self.connection, self.index, nodes),
             _scatter(self.relevance, self.index, nodes),
             self.num_images,
-            Candidates(self.block("i2t").index, self.block("t2i").index),
+            self.candidates,
             excluded.matrix() if isinstance(excluded, PairIds) else excluded,
         )
 

@@ -1,0 +1,54 @@
+"""A pair loss on two sets of embeddings: on their whole similarity, or streamed where that would be too large."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from hrem_layers._core.batch import Batch, find_positives, pair_ids
+from hrem_layers._core.checks import describe, said
+from hrem_layers._core.numerics import cosine_matrix
+
+PairLoss = Callable[[Tensor, Tensor], Tensor]
+"""``(similarity (N, M), positives (N, M) bool) -> scalar``."""
+
+
+class Pairs(NamedTuple):
+    """Who belongs together in a batch, and whether pair losses go without the (N, M) similarity where they can."""
+
+    batch: Batch
+    streamed: bool
+
+    def matrix(self) -> Tensor:
+        """(N, M) bool."""
+        b = self.batch
+        return find_positives(
+            b.image_embedding.shape[0], b.image_ids, b.image_index, b.positives, b.image_embedding.device
+        )
+
+    def loss(
+        self, name: str, pair_loss: PairLoss, image: Tensor, text: Tensor, similarity: Tensor | None = None
+    ) -> Tensor:
+        """``pair_loss``, the caller's ``name``, of normalised rows ``image`` (N, D) and ``text`` (M, D); their
+        products if the caller has them. A scalar."""
+        stream: Any = getattr(pair_loss, "from_embeddings", None)
+        if self.streamed and callable(stream) and not callable(getattr(pair_loss, "negative_sampling", None)):
+            return _check_scalar(name, stream(image, text, normalize=False, **self._positives()))
+        similarity = cosine_matrix(image, text) if similarity is None else similarity
+        return _check_scalar(name, pair_loss(similarity, self.matrix()))
+
+    def _positives(self) -> dict[str, Tensor]:
+        b = self.batch
+        if b.positives is not None:
+            return {"positives": b.positives}
+        ids = pair_ids(b.image_embedding.shape[0], b.image_ids, b.image_index, b.image_embedding.device)
+        return {"image_ids": ids.image, "text_ids": ids.text}
+
+
+def _check_scalar(name: str, loss: object) -> Tensor:
+    if not isinstance(loss, Tensor) or loss.dim() or not loss.dtype.is_floating_point:
+        got = describe(loss) if isinstance(loss, Tensor) else said(loss)
+        raise TypeError(f"{name} must return a scalar tensor, got {got}")
+    return loss
