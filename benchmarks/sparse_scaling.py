@@ -122,7 +122,7 @@ def main() -> None:
     parser.add_argument("--words", type=int, default=24)
     parser.add_argument("--dim", type=int, default=256)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--clock", choices=sorted(CLOCKS), default="wall", help="cpu: less disturbed by other processes")
+    parser.add_argument("--clock", choices=sorted(CLOCKS), default="wall", help="cpu: less disturbed by others")
     parser.add_argument("--mechanism", choices=("fusion", "standalone"), default="fusion")
     parser.add_argument("--pair-loss", choices=sorted(PAIR_LOSSES), default="distance_weighted")
     parser.add_argument("--through", action="store_true", help="gradients to the fragments (detach_fragments=False)")

@@ -25,7 +25,7 @@ from hrem_layers._core.checks import (
     check_tensor,
     said,
 )
-from hrem_layers._core.exchange import ALONE, Exchange
+from hrem_layers._core.exchange import ALONE, Alone, Exchange
 from hrem_layers._core.numerics import autocast_dtype, autocast_off, compute_dtype, module_dtype
 from hrem_layers.alignment import MODES, Scores, align_fragments
 from hrem_layers.alignment.candidates import align_candidates
@@ -295,28 +295,35 @@ class AssociationGraph(nn.Module):
         assert self.candidates is not None
         (n, m), k = (v.shape[0], u.shape[0]), self.candidates
         wide, dtype = compute_dtype(v.dtype), _result_dtype(v)
+        images, texts = exchange.own("image", n), exchange.own("text", m)  # this process's rows
         with autocast_off(v.device):
             x, y = exact_units(v), exact_units(u)
             of_fragments = compute_dtype(fragments.images.dtype)
-            i2t, t2i = nearest_rows(x, y, min(k, m), of_fragments), nearest_rows(y, x, min(k, n), of_fragments)
+            i2t = nearest_rows(x[images], y, min(k, m), of_fragments)
+            t2i = nearest_rows(y[texts], x, min(k, n), of_fragments)
 
-            def within(units: Tensor) -> SparseRelationBlock:
+            def within(side: str, units: Tensor, rows: slice) -> SparseRelationBlock:
                 count = units.shape[0]
-                index = nearest_rows(units, units, min(k, self._neighbors(count)), wide)
-                relevance = self._within(edge_cosines(units, units, index), wide).to(dtype)
+                index = nearest_rows(units[rows], units, min(k, self._neighbors(count)), wide)
+                units = exchange.share_rows(side, units)
+                relevance = self._within(edge_cosines(units[rows], units, index), wide).to(dtype)
                 return SparseRelationBlock(index, relevance, torch.ones_like(index, dtype=torch.bool), count)
 
-            blocks = within(x), within(y)
+            i2i, t2t = within("image", x, images), within("text", y, texts)
         found = self._candidate_pairs(fragments, i2t, t2i, exchange)
 
-        def across(found: _Direction, index: Tensor, count: int, name: str) -> SparseRelationBlock:
+        def across(found: _Direction, index: Tensor, count: int, allowed: Tensor | None) -> SparseRelationBlock:
             neighbors = min(self._neighbors(count), index.shape[1])
-            allowed = _allowed(excluded, index, name)
             edges = nearest(found.mean, neighbors, scale=self._scale, allowed=allowed)
             return SparseRelationBlock(index, found.relevance.to(dtype), edges, count)
 
         return assemble(
-            blocks[0], across(found[0], i2t, m, "i2t"), across(found[1], t2i, n, "t2i"), blocks[1], excluded
+            i2i,
+            across(found[0], i2t, m, _allowed(excluded, i2t, images)),
+            across(found[1], t2i, n, _allowed(_turned(excluded), t2i, texts)),
+            t2t,
+            excluded,
+            None if isinstance(exchange, Alone) else exchange,
         )
 
     @property
@@ -358,7 +365,7 @@ class AssociationGraph(nn.Module):
     def _candidate_pairs(
         self, fragments: _Fragments, i2t: Tensor, t2i: Tensor, exchange: Exchange
     ) -> tuple[_Direction, _Direction]:
-        """p and S of every row's candidates, (N, k) and (M, k); each process does its own rows."""
+        """p and S of the candidates of this process's rows, (n, k) and (m, k), which ``i2t`` and ``t2i`` name."""
         images, texts, image_mask, text_mask = fragments
         mode = check_choice("alignment", self.alignment, MODES)
 
@@ -366,11 +373,10 @@ class AssociationGraph(nn.Module):
             given = (texts, text_mask) if side == "image" else (images, image_mask)
             others, others_mask = exchange.gather_fragments("text" if side == "image" else "image", *given)
             mean, top = align_candidates(
-                rows, others, mask, others_mask, where[exchange.own(side, where.shape[0])],
+                rows, others, mask, others_mask, where,
                 topk=self.topk, mode=mode, chunk_size=self.chunk_size,
             )  # fmt: skip
-            relevance = _relevance(mlp, top, mean)
-            return _Direction(exchange.gather_rows(side, mean.detach()), exchange.gather_rows(side, relevance))
+            return _Direction(mean.detach(), _relevance(mlp, top, mean))
 
         return (
             align("image", images, image_mask, i2t, self.mlp_i2t),
@@ -388,14 +394,18 @@ def _assemble(i2i: Tensor, i2t: Tensor, t2i: Tensor, t2t: Tensor) -> Tensor:
     return torch.cat([torch.cat([i2i, i2t], dim=1), torch.cat([t2i, t2t], dim=1)])
 
 
-def _allowed(excluded: Tensor | PairIds | None, index: Tensor, name: str) -> Tensor | None:
-    """(rows, k) bool of the nodes ``index`` (rows, k) that a row may see."""
+def _allowed(excluded: Tensor | PairIds | None, index: Tensor, rows: slice) -> Tensor | None:
+    """(n, k) bool of the nodes ``index`` (n, k) that the ``rows``, those of the first side, may see."""
     if excluded is None:
         return None
     if isinstance(excluded, PairIds):
-        own, other = excluded if name == "i2t" else excluded[::-1]
-        return own.unsqueeze(1) != other[index]
-    return ~(excluded if name == "i2t" else excluded.t()).gather(1, index)
+        return excluded.image[rows].unsqueeze(1) != excluded.text[index]
+    return ~excluded[rows].gather(1, index)
+
+
+def _turned(excluded: Tensor | PairIds | None) -> Tensor | PairIds | None:
+    """With the texts as the first side."""
+    return excluded.back() if isinstance(excluded, PairIds) else None if excluded is None else excluded.t()
 
 
 def _result_dtype(embedding: Tensor) -> torch.dtype:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from hrem_layers._core.checks import check_bool, check_choice, check_int, check_number, check_same_device, check_tensor
+from hrem_layers._core.neighbors import NeighborBias
 from hrem_layers._core.numerics import l2_normalize, module_dtype
 from hrem_layers._core.transformer import LayerFactory, TransformerLayer, make_layers
 from hrem_layers.relations import BLOCKS, RelationBlock
@@ -135,10 +136,16 @@ class RelationInteraction(nn.Module):
             graph = graph.dense()
         dtype = module_dtype(self)
         images, texts = (l2_normalize(x) for x in (image_embedding, text_embedding))
+        shared = graph if isinstance(graph, SparseRelationGraph) and graph.exchange is not None else None
+        if shared is not None:
+            images, texts = shared.rows("i").own(images), shared.rows("t").own(texts)
         related = (self._fusion if self.mechanism == "fusion" else self._standalone)(
             images.to(dtype), texts.to(dtype), graph
         )
-        return self._result(images, related[0]), self._result(texts, related[1])
+        images, texts = self._result(images, related[0]), self._result(texts, related[1])
+        if shared is not None:
+            (images,), (texts,) = shared.rows("i").collect(images), shared.rows("t").collect(texts)
+        return images, texts
 
     def _result(self, plain: Tensor, related: Tensor) -> Tensor:
         related = related.to(plain.dtype)
@@ -158,6 +165,10 @@ class RelationInteraction(nn.Module):
 
     def _standalone(self, images: Tensor, texts: Tensor, graph: AnyGraph) -> tuple[Tensor, Tensor]:
         bias = {name: block.attention_bias(self.relation_weight) for name, block in _blocks(graph).items()}
+        if isinstance(graph, SparseRelationGraph) and graph.exchange is not None:
+            for name, here in bias.items():
+                assert isinstance(here, NeighborBias)
+                bias[name] = here._replace(rows=graph.rows(name[0]), nodes=graph.rows(name[2]))
         for steps in self.layers:
             assert isinstance(steps, nn.ModuleDict)
             images, texts = (
@@ -171,17 +182,28 @@ class RelationInteraction(nn.Module):
 def _blocks(graph: AnyGraph) -> Mapping[str, RelationBlock | SparseRelationBlock]:
     """The four blocks, those within a modality without what leads to excluded pairs over a third node."""
     if isinstance(graph, SparseRelationGraph):
-        lists = {name: graph.block(name) for name in BLOCKS}
-        if graph.excluded is not None:
-            lists["i2i"] = without_detours(lists["i2i"], lists["i2t"], graph.excluded)
-            back = graph.excluded.t() if isinstance(graph.excluded, Tensor) else graph.excluded.back()
-            lists["t2t"] = without_detours(lists["t2t"], lists["t2i"], back)
-        return lists
+        return _lists(graph)
     blocks = {name: graph.block(name) for name in BLOCKS}
     if graph.excluded is not None:
         blocks["i2i"] = _without_detours(blocks["i2i"], blocks["i2t"], graph.excluded)
         blocks["t2t"] = _without_detours(blocks["t2t"], blocks["t2i"], graph.excluded.t())
     return blocks
+
+
+def _lists(graph: SparseRelationGraph) -> Mapping[str, SparseRelationBlock]:
+    lists = {name: graph.block(name) for name in BLOCKS}
+    if graph.excluded is None:
+        return lists
+    whole = graph.whole()  # a neighbour's own edges may be another process's
+    for within, across in (("i2i", "i2t"), ("t2t", "t2i")):
+        excluded, side = graph.excluded, within[0]
+        if side == "t":
+            excluded = excluded.t() if isinstance(excluded, Tensor) else excluded.back()
+        own = excluded if isinstance(excluded, Tensor) else excluded.image
+        own = graph.rows(side).own(own)
+        excluded = own if isinstance(excluded, Tensor) else excluded._replace(image=own)
+        lists[within] = without_detours(lists[within], whole.block(across), excluded)
+    return lists
 
 
 def _takes_lists(layer: nn.Module) -> bool:

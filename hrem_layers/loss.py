@@ -26,7 +26,7 @@ from hrem_layers.interaction import RelationInteraction
 from hrem_layers.losses import TripletLoss
 from hrem_layers.pair_terms import PairLoss, Pairs
 from hrem_layers.relations import Cosines, pair_cosines
-from hrem_layers.sparse import AnyGraph, check_any_graph
+from hrem_layers.sparse import AnyGraph, SparseRelationGraph, check_any_graph
 
 _Result = TypeVar("_Result")
 
@@ -275,8 +275,10 @@ class HREMLoss(nn.Module):
         )  # fmt: skip
 
         def relate(whole: Batch, exchange: Exchange) -> Relations:
-            pairs = self._pairs(whole)
-            return self._relate(pairs, None if pairs.streamed else pair_cosines(*whole[:2]), exchange)
+            pairs = self._pairs(whole, exchange)
+            relations = self._relate(pairs, None if pairs.streamed else pair_cosines(*whole[:2]))
+            graph = relations.graph
+            return relations._replace(graph=graph.whole() if isinstance(graph, SparseRelationGraph) else graph)
 
         return self._over_all(batch, relate)
 
@@ -301,11 +303,12 @@ class HREMLoss(nn.Module):
         check_batch(batch, self.embed_dim, empty=empty)
         check_same_device("image_embedding", batch.image_embedding, self)
 
-    def _pairs(self, batch: Batch) -> Pairs:
+    def _pairs(self, batch: Batch, exchange: Exchange) -> Pairs:
         uses_lists = getattr(self.graph, "uses_lists", None)
-        return Pairs(batch, callable(uses_lists) and bool(uses_lists(*(x.shape[0] for x in batch[:2]))))
+        lists = callable(uses_lists) and bool(uses_lists(*(x.shape[0] for x in batch[:2])))
+        return Pairs(batch, lists, exchange)
 
-    def _relate(self, pairs: Pairs, cosines: Cosines | None, exchange: Exchange) -> Relations:
+    def _relate(self, pairs: Pairs, cosines: Cosines | None) -> Relations:
         batch = pairs.batch
         v, u = batch.image_embedding, batch.text_embedding
         if not pairs.streamed:
@@ -316,7 +319,7 @@ class HREMLoss(nn.Module):
                 together["image_ids"] = batch.image_ids
         graph = self.graph(
             v, u, batch.image_fragments, batch.text_fragments, batch.image_mask, batch.text_mask,
-            image_index=batch.image_index, exchange=exchange, **together,
+            image_index=batch.image_index, exchange=pairs.exchange, **together,
         )  # fmt: skip
         check_any_graph(graph, v.shape[0], u.shape[0], v.device)
         enhanced = self.interaction(v, u, graph)
@@ -331,13 +334,13 @@ class HREMLoss(nn.Module):
         if recomputing():  # activation checkpointing: what the call before it did
             warming = self.training and self._counter.calls - 1 < self._counter.limit
         relational = bool(self.enhanced_weight or self.cross_weight or self.regularization_weight)
-        terms = self._base_terms(batch) if warming or not relational else self._all_terms(batch, exchange)
+        terms = self._base_terms(batch, exchange) if warming or not relational else self._all_terms(batch, exchange)
         if self.training and not recomputing():
             count_call(self.step, self._counter.key)
         return terms
 
-    def _base_terms(self, batch: Batch) -> HREMTerms:
-        base = self._pairs(batch).loss("pair_loss", self.pair_loss, *batch[:2])
+    def _base_terms(self, batch: Batch, exchange: Exchange) -> HREMTerms:
+        base = self._pairs(batch, exchange).loss("pair_loss", self.pair_loss, *batch[:2])
         total = base
         if (self.gather_distributed or is_distributed()) and torch.is_grad_enabled():
             # DistributedDataParallel waits for the gradient of every parameter: zeros, whatever the parameters hold;
@@ -349,11 +352,11 @@ class HREMLoss(nn.Module):
 
     def _all_terms(self, batch: Batch, exchange: Exchange) -> HREMTerms:
         v, u = batch.image_embedding, batch.text_embedding
-        pairs = self._pairs(batch)
+        pairs = self._pairs(batch, exchange)
         cosines = None if pairs.streamed else pair_cosines(v, u)
         similarity = None if cosines is None else cosines.across.to(v.dtype)
         base = pairs.loss("pair_loss", self.pair_loss, v, u, similarity)
-        graph, v_enhanced, u_enhanced = self._relate(pairs, cosines, exchange)
+        graph, v_enhanced, u_enhanced = self._relate(pairs, cosines)
         enhanced = cross_image = cross_text = regularization = torch.zeros_like(base)
         if self.enhanced_weight:
             pair_loss = self.pair_loss if self.enhanced_pair_loss is None else self.enhanced_pair_loss

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from hrem_layers._core.batch import Batch, find_positives, pair_ids
 from hrem_layers._core.checks import describe, said
+from hrem_layers._core.exchange import ALONE, Alone, Exchange
 from hrem_layers._core.numerics import cosine_matrix
 
 PairLoss = Callable[[Tensor, Tensor], Tensor]
@@ -20,6 +21,8 @@ class Pairs(NamedTuple):
 
     batch: Batch
     streamed: bool
+    exchange: Exchange = ALONE
+    """Of several processes: each streams its own anchors."""
 
     def matrix(self) -> Tensor:
         """(N, M) bool."""
@@ -35,9 +38,17 @@ class Pairs(NamedTuple):
         products if the caller has them. A scalar."""
         stream: Any = getattr(pair_loss, "from_embeddings", None)
         if self.streamed and callable(stream) and not callable(getattr(pair_loss, "negative_sampling", None)):
-            return _check_scalar(name, stream(image, text, normalize=False, **self._positives()))
+            return self._stream(name, stream, image, text)
         similarity = cosine_matrix(image, text) if similarity is None else similarity
         return _check_scalar(name, pair_loss(similarity, self.matrix()))
+
+    def _stream(self, name: str, stream: Callable[..., object], image: Tensor, text: Tensor) -> Tensor:
+        positives, exchange = self._positives(), self.exchange
+        if isinstance(exchange, Alone):
+            return _check_scalar(name, stream(image, text, normalize=False, **positives))
+        own = {f"{side}_rows": exchange.own(side, x.shape[0]) for side, x in (("image", image), ("text", text))}
+        image, text = exchange.share_rows("image", image), exchange.share_rows("text", text)
+        return exchange.add_up(_check_scalar(name, stream(image, text, normalize=False, **positives, **own)))
 
     def _positives(self) -> dict[str, Tensor]:
         b = self.batch

@@ -182,9 +182,10 @@ def nearest(similarity: Tensor, k: int, *, scale: float | None = 1.0, allowed: T
         return edges if allowed is None else edges & allowed
 
 
-def row_divergence(logits: Tensor, guide: Tensor) -> Tensor:
-    """KL(softmax(logits) ‖ softmax(guide)) of each row, the mean over rows: (N, M) each -> a scalar."""
-    return F.kl_div(guide.log_softmax(dim=1), logits.log_softmax(dim=1), reduction="batchmean", log_target=True)
+def row_divergence(logits: Tensor, guide: Tensor, *, rows: int | None = None) -> Tensor:
+    """KL(softmax(logits) ‖ softmax(guide)) of each row, (N, M) each; a scalar, their sum by ``rows`` (None = N)."""
+    divergence = F.kl_div(guide.log_softmax(dim=1), logits.log_softmax(dim=1), reduction="sum", log_target=True)
+    return divergence / (logits.shape[0] if rows is None else rows)
 
 
 def guide_divergence(

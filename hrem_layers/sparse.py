@@ -15,6 +15,7 @@ from hrem_layers._core.checks import (
     check_int,
     check_tensor,
 )
+from hrem_layers._core.exchange import ALONE, Exchange, Rows
 from hrem_layers._core.neighbors import NeighborBias
 from hrem_layers._core.numerics import compute_dtype
 from hrem_layers.neighbors import edge_cosines
@@ -55,7 +56,8 @@ class SparseRelationBlock(NamedTuple):
 
     def attention_bias(self, relation_weight: float) -> NeighborBias:
         """``relation_weight · S`` on edges, −inf elsewhere, with the nodes that it is for."""
-        return _neighbor_bias(self.index, self.relevance, self.connection, relation_weight)
+        rows, nodes = (Rows(ALONE, (("image", count),)) for count in (self.index.shape[0], self.columns))
+        return _neighbor_bias(self.index, self.relevance, self.connection, relation_weight, rows, nodes)
 
 
 class SparseRelationGraph(NamedTuple):
@@ -86,6 +88,25 @@ class SparseRelationGraph(NamedTuple):
     """How many of the K places are for nodes of the own modality."""
     excluded: Tensor | PairIds | None = None
     """Pairs that must not see each other, not over a third node either: (N, M) bool, or equal ids; None = none."""
+    num_texts: int | None = None
+    """M; None = all rows that are not images."""
+    exchange: Exchange | None = None
+    """Only this process's rows of images and of texts are here, among those of the exchange; None = all rows."""
+
+    def rows(self, sides: str = "it") -> Rows:
+        """How the rows of images (``"i"``), texts (``"t"``) or both lie over the processes."""
+        counts = {"i": ("image", self.num_images), "t": ("text", self._texts())}
+        return Rows(self.exchange or ALONE, tuple(counts[side] for side in sides))
+
+    def whole(self) -> SparseRelationGraph:
+        """With the rows of all processes."""
+        if self.exchange is None:
+            return self
+        index, relevance, connection = (torch.cat(self.rows().collect(x)) for x in self[:3])
+        return SparseRelationGraph(index, relevance, connection, *self[3:6], self.num_texts)
+
+    def _texts(self) -> int:
+        return self.index.shape[0] - self.num_images if self.num_texts is None else self.num_texts
 
     @property
     def candidates(self) -> Candidates:
@@ -99,9 +120,9 @@ class SparseRelationGraph(NamedTuple):
             ValueError: another name.
         """
         check_choice("name", name, BLOCKS)
-        n, nodes = self.num_images, self.index.shape[0]
-        rows = slice(None, n) if name[0] == "i" else slice(n, None)
-        first, columns = (0, n) if name[2] == "i" else (n, nodes - n)
+        n, here = self.num_images, self.rows("i").here
+        rows = slice(None, here) if name[0] == "i" else slice(here, None)
+        first, columns = (0, n) if name[2] == "i" else (n, self._texts())
         places = slice(None, self.within) if name[0] == name[2] else slice(self.within, None)
         index, relevance, connection = (x[rows, places] for x in self[:3])
         width = min(index.shape[1], columns)  # what no row can fill
@@ -112,18 +133,20 @@ class SparseRelationGraph(NamedTuple):
 
     def dense(self) -> RelationGraph:
         """The same graph as (N + M, N + M) matrices; relevance 0 at nodes that are in no list."""
-        nodes, excluded = self.index.shape[0], self.excluded
+        graph, excluded = self.whole(), self.excluded
+        nodes = graph.index.shape[0]
         return RelationGraph(
-            _scatter(self.connection, self.index, nodes),
-            _scatter(self.relevance, self.index, nodes),
-            self.num_images,
-            self.candidates,
+            _scatter(graph.connection, graph.index, nodes),
+            _scatter(graph.relevance, graph.index, nodes),
+            graph.num_images,
+            graph.candidates,
             excluded.matrix() if isinstance(excluded, PairIds) else excluded,
         )
 
     def attention_bias(self, relation_weight: float) -> NeighborBias:
         """``relation_weight · S`` on edges, −inf elsewhere, with the nodes that it is for."""
-        return _neighbor_bias(self.index, self.relevance, self.connection, relation_weight)
+        rows = self.rows()
+        return _neighbor_bias(self.index, self.relevance, self.connection, relation_weight, rows, rows)
 
 
 AnyGraph = RelationGraph | SparseRelationGraph
@@ -131,10 +154,10 @@ AnyGraph = RelationGraph | SparseRelationGraph
 
 def assemble(
     i2i: SparseRelationBlock, i2t: SparseRelationBlock, t2i: SparseRelationBlock, t2t: SparseRelationBlock,
-    excluded: Tensor | PairIds | None,
+    excluded: Tensor | PairIds | None, exchange: Exchange | None,
 ) -> SparseRelationGraph:  # fmt: skip
     """The graph of four blocks; the narrower of two gets places without a node."""
-    n = i2i.columns
+    n, m = i2i.columns, t2t.columns
     within, across = max(i2i.index.shape[1], t2t.index.shape[1]), max(i2t.index.shape[1], t2i.index.shape[1])
 
     def join(field: str, fill: float) -> Tensor:
@@ -147,13 +170,18 @@ def assemble(
         texts = torch.cat([one(t2t, within, n), one(t2i, across, 0)], dim=1)
         return torch.cat([images, texts])
 
-    return SparseRelationGraph(join("index", -1), join("relevance", 0), join("connection", False), n, within, excluded)
+    return SparseRelationGraph(
+        join("index", -1), join("relevance", 0), join("connection", False), n, within, excluded, m, exchange
+    )
 
 
 def without_detours(
     within: SparseRelationBlock, across: SparseRelationBlock, excluded: Tensor | PairIds
 ) -> SparseRelationBlock:
-    """``within`` without its edges to rows that have just attended, ``across``, to what is excluded for their row."""
+    """``within`` without its edges to rows that have just attended, ``across``, to what is excluded for their row.
+
+    ``across`` has all rows; ``excluded`` is for those of ``within``, which may be one process's own.
+    """
     kept = within.connection
     for place in range(across.index.shape[1]):  # one (rows, K) matrix at a time
         given = across.index[:, place].clamp(min=0)  # [rows]
@@ -173,26 +201,31 @@ def list_divergence(
     :func:`hrem_layers.neighbors.exact_units`; what :func:`hrem_layers.relations.guide_divergence` is for a matrix."""
     total = torch.zeros((), dtype=dtype, device=x.device)
     for name, own, other in (("i2t", x, y), ("t2i", y, x)):
-        block = graph.block(name)
-        guide = distance_relevance(
-            edge_cosines(own, other, block.index.clamp(min=0)), sigma, squared=squared, dtype=dtype
-        )
+        block, own = graph.block(name), graph.rows(name[0]).own(own)
+        cosines = edge_cosines(own, other, block.index.clamp(min=0))
+        guide = distance_relevance(cosines, sigma, squared=squared, dtype=dtype)
         learned, nobody = block.relevance.to(compute_dtype(dtype)), block.index < 0
         low = torch.finfo(dtype).min / 2  # −inf has no difference
-        total = total + row_divergence(learned.masked_fill(nobody, low), guide.masked_fill(nobody, low))
-    return total
+        total = total + row_divergence(
+            learned.masked_fill(nobody, low), guide.masked_fill(nobody, low), rows=graph.rows(name[0]).total
+        )
+    return (graph.exchange or ALONE).add_up(total)
 
 
 def check_any_graph(graph: object, n: int, m: int, device: torch.device) -> AnyGraph:
     """Raises TypeError or ValueError unless this is a graph, in either form, over these images and texts."""
     if not isinstance(graph, SparseRelationGraph):
         return check_graph(graph, n, m, device)
-    check_index_tensor("graph.index", graph.index, (n + m, "K"), device=device)
+    if graph.num_images != n or graph.num_texts not in (None, m):
+        raise ValueError(
+            f"graph must be over {n} images and {m} texts, got num_images={graph.num_images} and "
+            f"num_texts={graph.num_texts}"
+        )
+    here = n + m if graph.exchange is None else graph.rows().here
+    check_index_tensor("graph.index", graph.index, (here, "K"), device=device)
     shape = tuple(graph.index.shape)
     check_tensor("graph.relevance", graph.relevance, shape, device=device)
     check_bool_tensor("graph.connection", graph.connection, shape, device=device, meaning="edge")
-    if graph.num_images != n:
-        raise ValueError(f"graph must be over {n} images and {m} texts, got num_images={graph.num_images}")
     if not torch.compiler.is_compiling():
         check_int("graph.within", graph.within, minimum=0, maximum=shape[1])
         if device.type == "cpu" and graph.index.numel():
@@ -207,34 +240,35 @@ def check_any_graph(graph: object, n: int, m: int, device: torch.device) -> AnyG
 
 def _check_nodes(graph: SparseRelationGraph, n: int, nodes: int) -> None:
     """Every place holds −1 or a node of the modality that it is for; on a GPU a look at the values would wait."""
-    for rows, places, low, high in (
-        (slice(None, n), slice(None, graph.within), 0, n),
-        (slice(None, n), slice(graph.within, None), n, nodes),
-        (slice(n, None), slice(None, graph.within), n, nodes),
-        (slice(n, None), slice(graph.within, None), 0, n),
-    ):
-        there = graph.index[rows, places]
-        if bool((((there < low) | (there >= high)) & (there != -1)).any()):
-            raise ValueError(
-                f"graph.index must name nodes in [{low}, {high}) or be -1 in rows {rows.start or 0} to "
-                f"{n if rows.stop else nodes}, places {places.start or 0} to "
-                f"{graph.within if places.stop is not None else graph.index.shape[1]}, got values from "
-                f"{int(there.min())} to {int(there.max())}"
-            )
-        if bool(((there == -1) & graph.connection[rows, places]).any()):
-            raise ValueError("graph.connection must be False where graph.index is -1, no node")
+    here = graph.rows("i").here
+    for rows, first in ((slice(None, here), True), (slice(here, None), False)):
+        for places, own in ((slice(None, graph.within), True), (slice(graph.within, None), False)):
+            low, high = (0, n) if first == own else (n, nodes)
+            there = graph.index[rows, places]
+            if bool((((there < low) | (there >= high)) & (there != -1)).any()):
+                raise ValueError(
+                    f"graph.index must name nodes in [{low}, {high}), or be -1, in the rows of "
+                    f"{'images' if first else 'texts'}, places {'within' if own else 'across'}, got values from "
+                    f"{int(there.min())} to {int(there.max())}"
+                )
+    if bool(((graph.index == -1) & graph.connection).any()):
+        raise ValueError("graph.connection must be False where graph.index is -1, no node")
 
 
 def count_texts(graph: object, n: int) -> int | str:
     """How many texts go with ``n`` images in this graph: as many, or what the graph says ("M" if it says nothing)."""
     if not isinstance(graph, RelationGraph | SparseRelationGraph) or graph.num_images is None:
         return n
-    nodes = graph.index if isinstance(graph, SparseRelationGraph) else graph.connection
-    return nodes.shape[0] - graph.num_images if isinstance(nodes, Tensor) else "M"
+    if isinstance(graph, SparseRelationGraph):
+        return graph.rows("t").total if isinstance(graph.index, Tensor) else "M"
+    return graph.connection.shape[0] - graph.num_images if isinstance(graph.connection, Tensor) else "M"
 
 
-def _neighbor_bias(index: Tensor, relevance: Tensor, connection: Tensor, relation_weight: float) -> NeighborBias:
-    return NeighborBias(index.clamp(min=0), torch.where(connection, relation_weight * relevance, -torch.inf))
+def _neighbor_bias(
+    index: Tensor, relevance: Tensor, connection: Tensor, relation_weight: float, rows: Rows, nodes: Rows
+) -> NeighborBias:
+    bias = torch.where(connection, relation_weight * relevance, -torch.inf)
+    return NeighborBias(index.clamp(min=0), bias, rows, nodes)
 
 
 def _scatter(values: Tensor, index: Tensor, columns: int) -> Tensor:

@@ -12,8 +12,10 @@ from support import assert_near, generator, gradients, graph_inputs
 from torch.nn.functional import normalize
 
 from hrem_layers import (
+    ALONE,
     AssociationGraph,
     HREMLoss,
+    InfoNCELoss,
     RelationInteraction,
     SparseRelationGraph,
     TransformerLayer,
@@ -22,6 +24,7 @@ from hrem_layers import (
 from hrem_layers import neighbors as search
 from hrem_layers._core import neighbors as edges
 from hrem_layers._core.batch import PairIds
+from hrem_layers._core.exchange import Rows
 from hrem_layers.neighbors import nearest_rows
 from hrem_layers.relations import nearest
 
@@ -176,14 +179,15 @@ def test_dropout_drops_its_share_and_backward_draws_the_same():
     index, bias = torch.randint(200, (200, 20)), torch.zeros(200, 20, dtype=DOUBLE)
     ones = torch.ones_like(x)
     torch.manual_seed(0)
-    kept = edges.attend_neighbors(x, x, ones, index, bias, 0.25)
+    rows = Rows(ALONE, (("image", 200),))
+    kept = edges.attend_neighbors(x, x, ones, index, bias, rows, 0.25)
     assert 0.95 < kept.mean() < 1.05
     assert kept.std() > 0.02
     x, index = x[:4].clone().requires_grad_(), index[:4] % 4
 
     def drawn(x):
         torch.manual_seed(0)
-        return edges.attend_neighbors(x, x, x, index, bias[:4], 0.25)
+        return edges.attend_neighbors(x, x, x, index, bias[:4], Rows(ALONE, (("image", 4),)), 0.25)
 
     assert torch.autograd.gradcheck(drawn, (x,))
 
@@ -239,12 +243,17 @@ def test_blocks_are_those_of_the_matrix():
     [
         ({"index": torch.zeros(N + M, dtype=torch.long)}, ValueError, r"graph.index must have shape \(10, K\)"),
         ({"index": torch.zeros(N + M, 5)}, TypeError, "graph.index must be an integer tensor"),
-        ({"index": torch.full((N + M, 5), N)}, ValueError, r"graph.index must name nodes in \[0, 4\) or be -1 in rows"),
+        (
+            {"index": torch.full((N + M, 5), N)},
+            ValueError,
+            r"graph.index must name nodes in \[0, 4\), or be -1, in the rows",
+        ),
         ({"index": torch.full((N + M, 5), -2)}, ValueError, "graph.index must name nodes in .* values from -2 to -2"),
         ({"connection": torch.ones(N + M, 5, dtype=torch.bool)}, ValueError, "connection must be False where"),
         ({"connection": torch.ones(N + M, 5)}, TypeError, "graph.connection must be a bool tensor"),
         ({"relevance": torch.ones(N + M, 4)}, ValueError, "graph.relevance must have shape"),
-        ({"num_images": 5}, ValueError, "graph must be over 5 images and|text_embedding must have"),
+        ({"num_images": 5}, ValueError, "text_embedding must have shape"),
+        ({"num_texts": 5}, ValueError, "text_embedding must have shape"),
         ({"within": 9}, ValueError, "graph.within must be at most 5"),
         ({"excluded": torch.ones(M, N, dtype=torch.bool)}, ValueError, "graph.excluded must have shape"),
         ({"excluded": PairIds(torch.arange(N), torch.arange(N))}, ValueError, "graph.excluded.text must have shape"),
@@ -390,3 +399,54 @@ def test_equal_embeddings_keep_the_number_of_edges():
     assert graph.index.shape == (16, 6)
     assert torch.equal(graph.block("i2i").index, torch.arange(3).expand(8, 3))
     assert graph.block("i2i").connection.all()
+
+
+@pytest.mark.parametrize("mechanism", ["fusion", pytest.param("standalone", marks=pytest.mark.slow)])
+def test_loss_compiles_as_one_graph(mechanism):
+    torch.manual_seed(2)
+    loss = HREMLoss(
+        16,
+        graph=AssociationGraph(topk=3, candidates=2),
+        interaction=RelationInteraction(16, mechanism=mechanism, num_heads=2, dropout=0.0),
+    ).double()
+    inputs = graph_inputs(n=5, dtype=DOUBLE)
+    compiled = torch.compile(loss, backend="aot_eager", fullgraph=True)
+    torch.manual_seed(0)
+    expected = loss(**inputs)
+    torch.manual_seed(0)
+    got = compiled(**inputs)
+    assert_near(got, expected, 1e-12)
+    leaves = dict(loss.named_parameters())
+    ours, theirs = gradients(leaves, got), gradients(leaves, expected)
+    for name in leaves:
+        torch.testing.assert_close(ours[name], theirs[name], rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("pair_loss", [TripletLoss(), InfoNCELoss(), lambda s, p: s.masked_fill(p, 0).exp().mean()])
+def test_no_tensor_is_as_large_as_all_pairs_unless_the_pair_loss_asks_for_it(pair_loss, monkeypatch):
+    """Nothing that autograd sees; what the operators hold inside, a chunk, is tested apart."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    from hrem_layers.losses import _streamed
+
+    largest = 0
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            nonlocal largest
+            out = func(*args, **(kwargs or {}))
+            for x in out if isinstance(out, tuple) else (out,):
+                if isinstance(x, torch.Tensor):
+                    largest = max(largest, x.numel())
+            return out
+
+    monkeypatch.setattr(_streamed, "TILE_ELEMENTS", 2**14)
+    n = 512
+    loss = HREMLoss(
+        16, graph=AssociationGraph(topk=2, candidates=2), interaction=RelationInteraction(16, num_heads=2),
+        pair_loss=pair_loss,
+    )  # fmt: skip
+    inputs = [torch.randn(*shape, requires_grad=True) for shape in ((n, 16), (n, 16), (n, 2, 4), (n, 2, 4))]
+    with Watch():
+        loss(*inputs, image_ids=torch.arange(n) // 2).backward()
+    assert (largest < n * n // 4) == isinstance(pair_loss, torch.nn.Module), largest

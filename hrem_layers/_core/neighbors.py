@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from hrem_layers._core.exchange import Rows
 from hrem_layers._core.numerics import autocast_off, compute_dtype
 
 # numbers in one chunk of gathered neighbours: what stays in a CPU's cache, and what fills a GPU
@@ -33,9 +34,15 @@ class NeighborBias(NamedTuple):
     """(n, K) int64 in [0, m)."""
     bias: Tensor
     """(n, K), added to the attention's scores; −inf removes a neighbour."""
+    rows: Rows
+    """How the rows that receive lie over the processes; n are here."""
+    nodes: Rows
+    """How those that give do; m in all."""
 
 
-def attend_neighbors(q: Tensor, k: Tensor, v: Tensor, index: Tensor, bias: Tensor, dropout: float) -> Tensor:
+def attend_neighbors(
+    q: Tensor, k: Tensor, v: Tensor, index: Tensor, bias: Tensor, rows: Rows, dropout: float
+) -> Tensor:
     r""":math:`\mathrm{dropout}(\mathrm{softmax}(q k^\top / \sqrt d + \mathrm{bias}))\, v` over the neighbours alone.
 
     q (n, h, d), k and v (m, h, d), index and bias (n, K), the latter not −inf in all places of a row -> (n, h, d).
@@ -45,9 +52,13 @@ def attend_neighbors(q: Tensor, k: Tensor, v: Tensor, index: Tensor, bias: Tenso
     bias = bias.to(scores.dtype).unsqueeze(-1)
     weights = torch.where(bias == -torch.inf, -torch.inf, scores + bias).softmax(dim=1)
     if dropout:
-        keep = torch.empty(weights.shape, dtype=torch.bool, device=weights.device).bernoulli_(1 - dropout)
-        weights = torch.where(keep, weights / (1 - dropout), 0)
+        weights = drop_rows(weights, rows, dropout)
     return neighbor_sums(weights, v, index).to(v.dtype)
+
+
+def drop_rows(x: Tensor, rows: Rows, dropout: float) -> Tensor:
+    """Dropout of rows that may be one process's own: the same draws as in one process."""
+    return torch.where(rows.keep(x, 1 - dropout), x / (1 - dropout), 0)
 
 
 def neighbor_products(x: Tensor, y: Tensor, index: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from hrem_layers._core.attention import attend
 from hrem_layers._core.checks import check_bool, check_choice, check_int, check_number, said
-from hrem_layers._core.neighbors import NeighborBias, attend_neighbors
+from hrem_layers._core.neighbors import NeighborBias, attend_neighbors, drop_rows
 
 
 class BiasedAttention(nn.Module):
@@ -58,6 +58,7 @@ class BiasedAttention(nn.Module):
 
         ``query is context`` is self-attention. ``bias`` broadcasts over leading dimensions. A bias on neighbour lists
         goes with a query (n, D) and a context (m, D): the same numbers as with the matrix that is −inf elsewhere.
+        (Over several processes both are this one's own rows, and keys and values come from all.)
         """
         d = self.embed_dim
         if query is context:
@@ -67,9 +68,10 @@ class BiasedAttention(nn.Module):
             k, v = F.linear(context, self.in_proj_weight[d:], self.in_proj_bias[d:]).chunk(2, dim=-1)
         dropout = self.dropout if self.training else 0.0
         if isinstance(bias, NeighborBias):
+            k, v = bias.nodes.gather(torch.cat([k, v], dim=1)).chunk(2, dim=1)
             q, k, v = (rearrange(x, "n (h d) -> n h d", h=self.num_heads) for x in (q, k, v))
             connected = _reachable(bias.bias)
-            out = attend_neighbors(q, k, v, bias.index, torch.where(connected, bias.bias, 0), dropout)
+            out = attend_neighbors(q, k, v, bias.index, torch.where(connected, bias.bias, 0), bias.rows, dropout)
             return torch.where(connected, self.out_proj(rearrange(out, "n h d -> n (h d)")), 0)
         q, k, v = (rearrange(x, "... n (h d) -> ... h n d", h=self.num_heads) for x in (q, k, v))
         reachable = None
@@ -143,18 +145,25 @@ class TransformerLayer(nn.Module):
         Returns:
             (..., n, D).
         """
+        drop = self._dropout(bias)
         if self.norm_first:
             inner = self.norm1(x)
-            x = x + self.dropout(self.self_attn(inner, inner if context is None else self.norm1(context), bias))
-            out: Tensor = x + self.dropout(self._feed(self.norm2(x)))
+            x = x + drop(self.self_attn(inner, inner if context is None else self.norm1(context), bias))
+            out: Tensor = x + drop(self._feed(self.norm2(x), drop))
             return out
         attended = self.self_attn(x, x if context is None else context, bias)
-        x = self.norm1(x + self.dropout(attended))
-        out = self.norm2(x + self.dropout(self._feed(x)))
+        x = self.norm1(x + drop(attended))
+        out = self.norm2(x + drop(self._feed(x, drop)))
         return out
 
-    def _feed(self, x: Tensor) -> Tensor:
-        out: Tensor = self.linear2(self.dropout(ACTIVATIONS[self.activation](self.linear1(x))))
+    def _dropout(self, bias: Tensor | NeighborBias | None) -> Callable[[Tensor], Tensor]:
+        if not isinstance(bias, NeighborBias):
+            return self.dropout
+        p = self.dropout.p if self.training else 0.0
+        return lambda x: drop_rows(x, bias.rows, p) if p else x
+
+    def _feed(self, x: Tensor, drop: Callable[[Tensor], Tensor]) -> Tensor:
+        out: Tensor = self.linear2(drop(ACTIVATIONS[self.activation](self.linear1(x))))
         return out
 
 
