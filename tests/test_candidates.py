@@ -290,6 +290,20 @@ def test_working_memory_is_that_of_a_chunk() -> None:
     assert n * k * m * d > 20 * largest
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_fragments_without_gradient_are_prepared_in_chunks(mode: str, monkeypatch) -> None:
+    from hrem_layers.alignment import candidates
+
+    b = batch(4, 6, 3, 4, 5)
+    b["image_fragments"].data[2, 0, 0] = torch.inf
+    index = torch.randint(6, (6, 2))
+    detached = {name: x.detach() if x is not None else None for name, x in b.items()}
+    whole = candidate_pairs(detached, index, index, mode=mode)
+    monkeypatch.setattr(candidates, "_CPU_CHUNK", 1)
+    for x, y in zip(candidate_pairs(detached, index, index, mode=mode), whole, strict=True):
+        torch.testing.assert_close(x, y, rtol=0, atol=1e-12, equal_nan=True)
+
+
 def test_compiles_as_one_graph() -> None:
     b = batch(6, 5, 4, 3, 8, dtype=torch.float32)
     module = AssociationGraph(topk=3, candidates=2, detach_fragments=False)
