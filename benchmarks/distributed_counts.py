@@ -136,6 +136,8 @@ def measure(rank: int, world: int, options: argparse.Namespace, folder: str) -> 
         ("shared, `detach_fragments=False`", AssociationGraph, {"detach_fragments": False}),
         (f"shared, `candidates={options.candidates}`", AssociationGraph, {"candidates": options.candidates}),
     ):
+        if options.only and options.only not in name:
+            continue
         torch.manual_seed(0)
         loss = HREMLoss(
             d,
@@ -202,6 +204,8 @@ def main() -> None:
     parser.add_argument("--dim", type=int, default=64)
     parser.add_argument("--candidates", type=int, default=16)
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2, 4])
+    parser.add_argument("--json", type=Path, help="write the counts to this file too, for scaling_counts.py --check")
+    parser.add_argument("--only", help="only graphs whose name has this in it, such as candidates")
     parser.add_argument("--memory", action="store_true", help="peak memory of a process instead of counts")
     options = parser.parse_args()
     if options.memory:
@@ -213,6 +217,9 @@ def main() -> None:
     for world in options.processes:
         for name, counts in in_processes(measure, world, options).items():
             table.setdefault(name, {})[world] = counts
+    if options.json:
+        given = {name: getattr(options, name) for name in ("items", "regions", "words", "dim", "candidates")}
+        options.json.write_text(json.dumps({"options": given, "rows": table}))
     n, r, w, d = options.items, options.regions, options.words, options.dim
     print(f"N = {n} in all, R = {r}, W = {w}, D = {d}, float32; forward and backward\n")
     kinds = " | ".join(f"{kind}, GFLOP" for kind in KINDS)
