@@ -151,6 +151,12 @@ class RelationInteraction(nn.Module):
         related = related.to(plain.dtype)
         return plain + l2_normalize(related) if self.residual else related
 
+    @property
+    def takes_lists(self) -> bool:
+        """Whether it runs on neighbour lists, and over several processes on their own rows; else on the matrix."""
+        own = type(self).forward is not RelationInteraction.forward
+        return not own and all(map(_takes_lists, self._all_layers()))
+
     def _all_layers(self) -> Iterator[nn.Module]:
         for layer in self.layers:
             yield from layer.values() if self.mechanism == "standalone" else (layer,)  # type: ignore[operator]

@@ -277,8 +277,7 @@ class HREMLoss(nn.Module):
         def relate(whole: Batch, exchange: Exchange) -> Relations:
             pairs = self._pairs(whole, exchange)
             relations = self._relate(pairs, None if pairs.streamed else pair_cosines(*whole[:2]))
-            graph = relations.graph
-            return relations._replace(graph=graph.whole() if isinstance(graph, SparseRelationGraph) else graph)
+            return relations._replace(graph=_whole(relations.graph))
 
         return self._over_all(batch, relate)
 
@@ -322,12 +321,16 @@ class HREMLoss(nn.Module):
             image_index=batch.image_index, exchange=pairs.exchange, **together,
         )  # fmt: skip
         check_any_graph(graph, v.shape[0], u.shape[0], v.device)
-        enhanced = self.interaction(v, u, graph)
+        enhanced = self.interaction(v, u, graph if self._interaction_shares() else _whole(graph))
         if not isinstance(enhanced, tuple) or len(enhanced) != 2:
             raise TypeError(f"interaction must return (image_enhanced, text_enhanced), got {said(enhanced)}")
         for name, x, like in zip(("image_enhanced", "text_enhanced"), enhanced, (v, u), strict=True):
             check_tensor(f"what interaction returns as {name}", x, tuple(like.shape), device=v.device)
         return Relations(graph, *(l2_normalize(x.to(compute_dtype(x.dtype))) for x in enhanced))
+
+    def _interaction_shares(self) -> bool:
+        """Whether each process computes its own rows of the enhanced embeddings, given neighbour lists."""
+        return isinstance(self.interaction, RelationInteraction) and self.interaction.takes_lists
 
     def _terms(self, batch: Batch, exchange: Exchange) -> HREMTerms:
         warming = self.training and self._counter.warming
@@ -357,6 +360,8 @@ class HREMLoss(nn.Module):
         similarity = None if cosines is None else cosines.across.to(v.dtype)
         base = pairs.loss("pair_loss", self.pair_loss, v, u, similarity)
         graph, v_enhanced, u_enhanced = self._relate(pairs, cosines)
+        if not self._interaction_shares():  # what it gives was made alike everywhere, and so must its gradient be
+            pairs = pairs._replace(exchange=ALONE)
         enhanced = cross_image = cross_text = regularization = torch.zeros_like(base)
         if self.enhanced_weight:
             pair_loss = self.pair_loss if self.enhanced_pair_loss is None else self.enhanced_pair_loss
@@ -367,7 +372,8 @@ class HREMLoss(nn.Module):
             cross_text = pairs.loss("cross_pair_loss", pair_loss, v, u_enhanced)
         if self.regularization_weight:
             regularize = cast(Callable[..., Tensor], self.graph.regularization)
-            regularization = regularize(graph, v, u, cosines=cosines)
+            known = getattr(type(self.graph), "regularization", None) is AssociationGraph.regularization
+            regularization = regularize(graph if known else _whole(graph), v, u, cosines=cosines)
         total = (
             base
             + self.enhanced_weight * enhanced
@@ -392,6 +398,11 @@ def _normalized(batch: Batch) -> Batch:
     dtype = torch.promote_types(*(compute_dtype(x.dtype) for x in batch[:2]))
     v, u = (l2_normalize(x.to(dtype)) for x in batch[:2])
     return Batch(v, u, *batch[2:])  # dynamo of torch 2.5 knows no _replace
+
+
+def _whole(graph: AnyGraph) -> AnyGraph:
+    """With the rows of all processes: what a module of the caller's own is told of."""
+    return graph.whole() if isinstance(graph, SparseRelationGraph) else graph
 
 
 def _count_from_state(module: HREMLoss, _incompatible: object) -> None:

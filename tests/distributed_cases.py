@@ -26,7 +26,15 @@ from torch import Tensor, nn
 import hrem_layers.distributed
 import hrem_layers.graph
 import hrem_layers.loss
-from hrem_layers import ALONE, AssociationGraph, HREMLoss, InfoNCELoss, RelationInteraction, TripletLoss
+from hrem_layers import (
+    ALONE,
+    AssociationGraph,
+    HREMLoss,
+    InfoNCELoss,
+    RelationInteraction,
+    TransformerLayer,
+    TripletLoss,
+)
 from hrem_layers._core.masked import masked_mean
 
 EMBED, RAW = 8, 5
@@ -52,6 +60,8 @@ class Model(nn.Module):
         dropout: float = 0.0,
         warmup_steps: int = 0,
         graph: type[AssociationGraph] = AssociationGraph,
+        interaction: type[RelationInteraction] = RelationInteraction,
+        layer: Callable[[], nn.Module] | None = None,
         **graph_options: object,
     ) -> None:
         super().__init__()
@@ -64,7 +74,7 @@ class Model(nn.Module):
         self.loss = HREMLoss(
             EMBED,
             graph=graph(topk=3, **graph_options),
-            interaction=RelationInteraction(EMBED, mechanism=mechanism, num_heads=2, dropout=dropout),
+            interaction=interaction(EMBED, mechanism=mechanism, num_heads=2, dropout=dropout, layer=layer),
             pair_loss=pair_loss,
             warmup_steps=warmup_steps,
             gather_distributed=gather,
@@ -238,6 +248,37 @@ def equal_on_lists_where_the_pair_loss_needs_the_whole_similarity(rank: int, wor
         return (0.2 + similarity - similarity.diagonal().unsqueeze(1)).masked_fill(positives, 0).clamp(min=0).sum()
 
     check_equal(rank, ragged(world), candidates=2, pair_loss=hinge)
+
+
+class OwnInteraction(RelationInteraction):
+    """Looks at the graph as in one process."""
+
+    def forward(self, v, u, graph):
+        assert graph.index.shape[0] == graph.connection.shape[0] == len(v) + len(u)
+        return super().forward(v, u, graph)
+
+
+class OwnGraph(AssociationGraph):
+    def regularization(self, graph, v, u, *, cosines=None):
+        assert graph.relevance.shape[0] == len(v) + len(u)
+        return super().regularization(graph, v, u, cosines=cosines)
+
+
+class OwnLayer(TransformerLayer):
+    def forward(self, x, bias=None, context=None):
+        assert bias.shape[0] == len(x)
+        return super().forward(x, bias, context)
+
+
+@case
+def equal_on_lists_with_modules_of_the_users_own(rank: int, world: int) -> None:
+    parts = ragged(world)
+    for options in (
+        {"interaction": OwnInteraction}, {"graph": OwnGraph},
+        {"layer": lambda: OwnLayer(EMBED, num_heads=2)},
+        {"layer": lambda: OwnLayer(EMBED, num_heads=2), "mechanism": "standalone"},
+    ):  # fmt: skip
+        check_equal(rank, parts, candidates=2, **options)
 
 
 @case

@@ -43,11 +43,12 @@ class Exchange(Protocol):
         ...
 
     def share_rows(self, side: str, x: Tensor) -> Tensor:
-        """(N, ...) that all processes have alike, for work that differs between them: backward adds up."""
+        """(N, ...) for work that differs between processes: backward adds up, for the own rows. ``x`` is what
+        :meth:`gather_rows` gave, changed at most row by row."""
         ...
 
     def own_rows(self, side: str, x: Tensor) -> Tensor:
-        """This process's rows (n, ...) of ``x`` (N, ...), which all have alike, for work that differs."""
+        """This process's rows (n, ...) of such an ``x`` (N, ...), for work that differs."""
         ...
 
     def add_up(self, x: Tensor) -> Tensor:
