@@ -100,14 +100,20 @@ def received(world: int) -> Iterator[Counter]:
     names = {
         "all-gather": ("all_gather_single", "all_gather_into_tensor"),
         "reduce-scatter": ("reduce_scatter_single", "reduce_scatter_tensor"),
+        "all-to-all": ("all_to_all_single",),
         "broadcast": ("broadcast",),
     }
     volume, originals = Counter(), {}
 
+    def others(args, out) -> float:
+        """The share of an all-to-all's rows that come from other processes."""
+        return 1 - args[1][dist.get_rank()] / max(1, len(out))
+
     def watch(kind: str, original):
         def call(first, *args, **options):
             part = args[0] if kind == "all-gather" else first
-            volume[kind] += part.numel() * part.element_size() * (1 if kind == "broadcast" else world - 1)
+            times = {"broadcast": 1, "all-to-all": others(args, first) if kind == "all-to-all" else 0}
+            volume[kind] += int(part.numel() * part.element_size() * times.get(kind, world - 1))
             return original(first, *args, **options)
 
         return call
@@ -158,7 +164,7 @@ def measure(rank: int, world: int, options: argparse.Namespace, folder: str) -> 
         dist.all_gather_object(everyone, (dict(flops), dict(volume)))
         results[name] = [
             {key: max(counts[place].get(key, 0) for counts in everyone) for key in keys}
-            for place, keys in ((0, KINDS), (1, ("all-gather", "reduce-scatter", "broadcast")))
+            for place, keys in ((0, KINDS), (1, ("all-gather", "all-to-all", "reduce-scatter", "broadcast")))
         ]
     if rank == 0:
         Path(folder, "results.json").write_text(json.dumps(results))
@@ -223,14 +229,16 @@ def main() -> None:
     n, r, w, d = options.items, options.regions, options.words, options.dim
     print(f"N = {n} in all, R = {r}, W = {w}, D = {d}, float32; forward and backward\n")
     kinds = " | ".join(f"{kind}, GFLOP" for kind in KINDS)
-    print(f"| graph | processes | {kinds} | received in all-gathers, MB | received in reduce-scatters, MB |")
-    print("|---" * (len(KINDS) + 4) + "|")
+    print(
+        f"| graph | processes | {kinds} | received in all-gathers, MB | in all-to-alls, MB | in reduce-scatters, MB |"
+    )
+    print("|---" * (len(KINDS) + 5) + "|")
     for name, rows in table.items():
         for world, (flops, volume) in rows.items():
             cells = " | ".join(f"{flops[kind] / 1e9:.3g}" for kind in KINDS)
             print(
                 f"| {name} | {world} | {cells} | {(volume['all-gather'] + volume['broadcast']) / 1e6:.2f} | "
-                f"{volume['reduce-scatter'] / 1e6:.2f} |"
+                f"{volume['all-to-all'] / 1e6:.2f} | {volume['reduce-scatter'] / 1e6:.2f} |"
             )
 
 

@@ -145,8 +145,9 @@ def step_costs(
     k = candidates if sparse else n
     pairs = (2 * n * k if sparse else n * n) / processes  # each direction aligns its own candidates
     embeddings = nodes * d * 4
+    fetched = min(1, k / processes) if sparse else 1  # at most: two rows may have one candidate
     received = {
-        "fragments received": n * d * size * (r + w if sparse else min(r, w)) * (2 if through else 1),
+        "fragments received": fetched * n * d * size * (r + w if sparse else min(r, w)) * (2 if through else 1),
         "p and S received": 0 if sparse else 4 * 4 * n * n,
         # the embeddings; keys and values, enhanced
         "embeddings and their like received": embeddings * (1 + (2 + 1 if sparse else 0)),
@@ -166,7 +167,7 @@ def step_costs(
         "pair losses, FLOP": 4 * 3 * (2 if sparse else 1) * 2 * n * n * d / shared,
         "projections and feed-forward, FLOP": 3 * 6 * 2 * nodes * d * d / shared,
         **{f"{name}, bytes": volume * elsewhere for name, volume in received.items()},
-        "fragments of one modality, gathered and normalised, bytes": n * max(r, w) * d * (size + 4),
+        "fragments of one modality, received and normalised, bytes": fetched * n * max(r, w) * d * (size + 4),
         "A and S held, bytes": nodes * (2 * k * (8 + 4 + 1) / processes if sparse else nodes * (4 + 1)),
         "attention weights of all heads, bytes": heads * nodes * (2 * k / processes if sparse else nodes) * 4,
     }
@@ -211,13 +212,14 @@ def check_table(counts: Path) -> None:
             candidates=given["candidates"], through=False, size=4,
         )  # fmt: skip
         (align, search, near, pairs, rest), received = (
-            [x for name, x in costs.items() if "FLOP" in name], [x for name, x in costs.items() if "received" in name],
+            [x for name, x in costs.items() if "FLOP" in name], [x for name, x in costs.items() if "received, bytes" in name],
         )  # fmt: skip
         for kind, counted_, formula in (
             ("alignment", flops["alignment"], align), ("search", flops["search"], search),
             ("neighbours", flops["neighbours"], near), ("pair losses", flops["pair losses"], pairs),
-            ("projections", flops["rest"], rest), ("all-gathers", volume["all-gather"], sum(received[:-1])),
-            ("reduce-scatters", volume["reduce-scatter"], received[-1]),
+            ("projections", flops["rest"], rest), ("all-gathers", volume["all-gather"], received[2]),
+            ("all-to-alls (formula: at most)", volume["all-to-all"], received[0]),
+            ("reduce-scatters", volume["reduce-scatter"], received[3]),
         ):  # fmt: skip
             ratio = f"{counted_ / formula:.3f}" if formula else "-"
             print(f"| {world} | {kind} | {counted_:.4g} | {formula:.4g} | {ratio} |")

@@ -371,7 +371,7 @@ class AssociationGraph(nn.Module):
 
         def align(side: str, rows: Tensor, mask: Tensor | None, where: Tensor, mlp: nn.Module) -> _Direction:
             given = (texts, text_mask) if side == "image" else (images, image_mask)
-            others, others_mask = exchange.gather_fragments("text" if side == "image" else "image", *given)
+            others, others_mask, where = exchange.fetch_fragments("text" if side == "image" else "image", *given, where)
             mean, top = align_candidates(
                 rows, others, mask, others_mask, where,
                 topk=self.topk, mode=mode, chunk_size=self.chunk_size,

@@ -311,11 +311,14 @@ def lists_are_those_of_the_own_rows(rank: int, world: int) -> None:
         recorded(hrem_layers.graph, "nearest_rows") as found,
         recorded(layer.linear1, "forward") as fed,
         recorded(hrem_layers.loss.TripletLoss, "from_embeddings") as streamed,
+        recorded(hrem_layers.graph, "align_candidates") as aligned,
     ):
         model(*parts[rank])
     assert [(len(x), len(y)) for x, y, *_ in found] == [(own, everyone)] * 4
     assert [len(x) for x, *_ in fed] == [2 * own]
     assert len(streamed) == 4
+    for _, giving, _, _, index in (call[:5] for call in aligned):  # fragments travel to where they are candidates
+        assert len(giving) == len(index.unique())
 
 
 @case

@@ -34,6 +34,13 @@ class Exchange(Protocol):
         """This process's fragments (n, R, F) and mask -> those of all, for work that differs between processes."""
         ...
 
+    def fetch_fragments(
+        self, side: str, fragments: Tensor, mask: Tensor | None, index: Tensor
+    ) -> tuple[Tensor, Tensor | None, Tensor]:
+        """Of all processes' fragments those that ``index`` names, for work that differs: fragments (C, R, F), mask and
+        where each is among them, in the shape of ``index``, whose values are numbers of rows of all."""
+        ...
+
     def gather_rows(self, side: str, x: Tensor) -> Tensor:
         """Results (n, ...) for this process's rows -> (N, ...) for all, for work that all processes repeat."""
         ...
@@ -78,6 +85,11 @@ class Alone:
 
     def gather_fragments(self, side: str, fragments: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
         return fragments, mask
+
+    def fetch_fragments(
+        self, side: str, fragments: Tensor, mask: Tensor | None, index: Tensor
+    ) -> tuple[Tensor, Tensor | None, Tensor]:
+        return fragments, mask, index
 
     def gather_rows(self, side: str, x: Tensor) -> Tensor:
         return x
