@@ -211,9 +211,8 @@ def check_table(counts: Path) -> None:
             given["items"], int(world), given["regions"], given["words"], given["dim"], heads=16,
             candidates=given["candidates"], through=False, size=4,
         )  # fmt: skip
-        (align, search, near, pairs, rest), received = (
-            [x for name, x in costs.items() if "FLOP" in name], [x for name, x in costs.items() if "received, bytes" in name],
-        )  # fmt: skip
+        align, search, near, pairs, rest = (x for name, x in costs.items() if "FLOP" in name)
+        received = [x for name, x in costs.items() if "received, bytes" in name]
         for kind, counted_, formula in (
             ("alignment", flops["alignment"], align), ("search", flops["search"], search),
             ("neighbours", flops["neighbours"], near), ("pair losses", flops["pair losses"], pairs),
