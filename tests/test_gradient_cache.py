@@ -240,6 +240,29 @@ def test_autocast(outside):
     assert_same_grads(ours, theirs, 2e-2)  # sums over micro-batches are rounded to bfloat16 in one pass
 
 
+def test_gradients_flow_outside_of_autocast():
+    seen = []
+
+    class Look(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x, what):
+            ctx.what = what
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            seen.append((ctx.what, torch.is_autocast_enabled("cpu")))
+            return grad, None
+
+    x = torch.randn(4, 3, requires_grad=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        gradient_cached_backward(
+            lambda y: Look.apply(y.sum(), "loss"), [lambda x: Look.apply(x, "encoder")], [(x,)], micro_batch_size=2
+        )
+        assert torch.is_autocast_enabled("cpu")
+    assert seen == [("loss", False), ("encoder", False), ("encoder", False)]
+
+
 def test_a_loss_scale():
     inputs = doubled(data())
 

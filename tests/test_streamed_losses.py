@@ -106,6 +106,29 @@ def test_a_default_chunk_is_cut_where_the_matrix_is_large(name, monkeypatch):
 
 
 @every_loss
+@pytest.mark.parametrize("sparse", [0, 2**40], ids=["what is not zero", "all"])
+@pytest.mark.parametrize("chunk_size", [2, None])
+def test_gradients_of_the_similarity_alone_or_all_of_them(name, sparse, chunk_size, monkeypatch):
+    monkeypatch.setattr(_streamed, "SPARSE", sparse)
+    x, y, image_ids, text_ids = case(9, 4)
+    loss = LOSSES[name]("sum").double()
+    assert_same(
+        streamed(loss, x, y, image_ids=image_ids, text_ids=text_ids, chunk_size=chunk_size),
+        whole(loss, x, y, image_ids.unsqueeze(1) == text_ids), [x, y, *loss.parameters()],
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "products"), [("hardest", 1), ("distance_weighted", 1), ("infonce", 3)])
+def test_one_negative_per_anchor_needs_no_products_but_the_similarity(name, products):
+    x, y, _, _ = case(200, 200)
+    loss = LOSSES[name]("sum")
+    with Largest() as largest:
+        streamed(loss, x, y).backward()
+    assert largest.multiplied == products * 2 * 200 * 200 * 5
+    assert_same(streamed(loss, x, y), whole(loss, x, y, torch.eye(200, dtype=torch.bool)), [x, y])
+
+
+@every_loss
 def test_without_ids_row_by_row(name):
     x, y, _, _ = case(6, 6)
     loss = LOSSES[name]("mean").double()
@@ -122,6 +145,15 @@ def test_ids_of_one_side(name):
     index = torch.arange(15) // 5  # five captions per image: the row of the image that each describes
     assert_same(streamed(loss, x, y, text_ids=index, chunk_size=4),
                 whole(loss, x, y, torch.arange(3).unsqueeze(1) == index), [x, y])  # fmt: skip
+
+
+@pytest.mark.parametrize("dtypes", [(torch.uint8, torch.int64), (torch.int32, torch.int16)])
+def test_ids_of_any_integers(dtypes):
+    x, y, image_ids, text_ids = case(6, 9)
+    loss = InfoNCELoss()
+    expected = loss.from_embeddings(x, y, image_ids=image_ids, text_ids=text_ids)
+    assert torch.equal(loss.from_embeddings(x, y, image_ids=image_ids.to(dtypes[0]), text_ids=text_ids.to(dtypes[1])),
+                       expected)  # fmt: skip
 
 
 @every_loss
@@ -166,14 +198,13 @@ def test_gradient_of_one_side_alone(name, side):
 
 
 @pytest.mark.parametrize("name", [name for name in LOSSES if name != "expected"])  # its weights have no gradient
-@pytest.mark.parametrize("chunk_size", [2, None])
-def test_gradcheck(name, chunk_size):
-    x, y, image_ids, text_ids = case(4, 6, seed=3)
+def test_gradcheck(name):
+    x, y, image_ids, text_ids = case(3, 5, seed=3, dim=3)
     loss = LOSSES[name]("mean").double()
     parameters = list(loss.parameters())
 
     def value(x, y, *_):
-        return streamed(loss, x, y, image_ids=image_ids, text_ids=text_ids, chunk_size=chunk_size)
+        return streamed(loss, x, y, image_ids=image_ids, text_ids=text_ids, chunk_size=2)
 
     assert torch.autograd.gradcheck(value, (x, y, *parameters))
 
@@ -350,7 +381,7 @@ def test_traced_whole_it_is_the_same(name, fresh_compiler):
 
     def call(x, y, noise):
         options = {"noise": noise} if isinstance(loss, TripletLoss) else {}
-        return loss.from_embeddings(x, y, image_ids=image_ids, text_ids=text_ids, chunk_size=3, **options)
+        return loss.from_embeddings(x, y, image_ids=image_ids, text_ids=text_ids, chunk_size=4, **options)
 
     noise = torch.rand(12, dtype=DOUBLE) if name == "distance_weighted" else None
     leaves = [x, y, *loss.parameters()]
@@ -403,6 +434,16 @@ def test_a_bad_parameter_makes_the_loss_nan(name):
     with torch.no_grad():
         loss.log_scale.fill_(math.nan)
     assert torch.isnan(streamed(loss, x, y, image_ids=image_ids, text_ids=text_ids))
+
+
+def test_an_infinite_bias_makes_the_loss_nan():
+    x, y, _, _ = case(4, 4)
+    nobody = torch.zeros(4, 4, dtype=torch.bool)
+    loss = SigmoidLoss(0.3, bias=-1.0)
+    assert torch.isfinite(loss.from_embeddings(x, y, positives=nobody))
+    with torch.no_grad():
+        loss.bias.fill_(-math.inf)  # -log σ(∞) = 0
+    assert torch.isnan(loss.from_embeddings(x, y, positives=nobody))
 
 
 IDS = torch.arange(4)

@@ -65,5 +65,4 @@ def check_positive_pairs(
         )
     ids = torch.arange(n, device=device) if image_ids is None else image_ids
     text_ids = ids if text_ids is None else text_ids
-    common = torch.promote_types(ids.dtype, text_ids.dtype)
-    return Positives(ids.to(common), text_ids.to(common), positives)
+    return Positives(ids.to(torch.long), text_ids.to(torch.long), positives)

@@ -46,11 +46,10 @@ def sum_over_anchors(
 
 
 def _whole(loss: RowLoss, similarity: Tensor, positives: Tensor, ways: Ways, shared: tuple[Tensor, ...]) -> Tensor:
-    parts = [
-        loss(s, p, *per_row, *shared)
-        for s, p, per_row in zip((similarity, similarity.t()), (positives, positives.t()), ways, strict=False)
-    ]
-    return sum(parts[1:], parts[0])
+    total = loss(similarity, positives, *ways[0], *shared)
+    if len(ways) == 2:
+        total = total + loss(similarity.t(), positives.t(), *ways[1], *shared)
+    return total
 
 
 def in_chunks(

@@ -23,6 +23,9 @@ from hrem_layers.losses._rows import RowLoss, Ways, in_chunks
 TILE_ELEMENTS = 2**22
 """Similarities in one chunk where the caller names no size: 16 MB in float32, enough rows for a fast product."""
 
+SPARSE = 64
+"""Where fewer than one in so many similarities have a gradient, those are multiplied alone."""
+
 
 class Plan(NamedTuple):
     """Who belongs together, which anchors are summed over, and how many at a time."""
@@ -130,9 +133,24 @@ def _in_chunks(
                 continue
             of_s = torch.empty_like(s)
             total += in_chunks(loss, s, flags, per_anchor, shared, grads=(of_s, *grads[2:]))
-            grads[way][here].addmm_(of_s, others)
-            grads[1 - way].addmm_(of_s.t(), own)
+            _add_products(of_s, own, others, grads[way][here], grads[1 - way])
     return total, finite
+
+
+def _add_products(of_s: Tensor, own: Tensor, others: Tensor, grad_own: Tensor, grad_others: Tensor) -> None:
+    """Adds ``of_s @ others`` and ``of_s.T @ own``.
+
+    One negative per anchor leaves ``of_s`` zero nearly everywhere. On a CPU, where looking for it waits for nothing,
+    what is not zero is then multiplied alone, as many at a time as ``others`` has rows.
+    """
+    if of_s.device.type == "cpu" and SPARSE * int(torch.count_nonzero(of_s)) < of_s.numel():
+        places = of_s.nonzero(as_tuple=True)
+        for i, j, values in zip(*(t.split(len(others)) for t in (*places, of_s[places].unsqueeze(1))), strict=True):
+            grad_own.index_add_(0, i, values * others[j])
+            grad_others.index_add_(0, j, values * own[i])
+        return
+    grad_own.addmm_(of_s, others)
+    grad_others.addmm_(of_s.t(), own)
 
 
 def _by_autograd(

@@ -64,8 +64,9 @@ def against_chosen(s: Tensor, positives: Tensor, choose: NegativeSampling, *, ma
 def _chosen(choose: NegativeSampling, similarity: Tensor, positives: Tensor) -> tuple[Tensor, Tensor]:
     """What a callable of the user returns, checked."""
     result = choose(similarity, positives)
-    if not isinstance(result, tuple | list) or len(result) != 2:
-        got = f"a {type(result).__name__} of {len(result)}" if isinstance(result, tuple | list) else said(result)
+    # a pair of types: dynamo of PyTorch 2.5 knows no union
+    if not isinstance(result, (tuple, list)) or len(result) != 2:
+        got = f"a {type(result).__name__} of {len(result)}" if isinstance(result, (tuple, list)) else said(result)
         raise TypeError(f"negative_sampling must return (negative, found), got {got}")
     negative, found = result
     column = similarity[:, :1]

@@ -190,7 +190,7 @@ def _shapes(out: list[Any]) -> str:
 
 
 def _forget_casts() -> None:
-    """Autocast keeps casted weights: those cast without gradient would be taken where gradient is wanted."""
+    """Autocast keeps cast weights: older PyTorch also those cast without gradient where gradient is wanted."""
     torch.clear_autocast_cache()
 
 
