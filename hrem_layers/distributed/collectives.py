@@ -12,14 +12,19 @@ the gradients of the processes must add up to W · dL/dθ.
   ``gather_replicated``, which hands W · dL/d(block p) to p. Whatever made block p gets W times its part through
   block p. Parameters used in all blocks: the parts add up to W · dL/dθ. The texts of p are in no other block:
   W · dL/dc, complete. An image is in all blocks, so its owner must collect the parts: the backward pass of
-  :func:`gather_shared` sums over the processes (a reduce-scatter), W · dL/dr.
+  :func:`gather_shared` sums over the processes (a reduce-scatter), W · dL/dr. :func:`fetch` is the same where each
+  process wants only some rows of the others, in an all-to-all there and back.
+- *Shared* work on what was gathered for replicated work (the embeddings): its parts come as W times what each process
+  makes of a row, but the gather multiplies by W once more. :func:`share` therefore adds up the parts and divides by W;
+  :func:`take_own`, for rows that nobody else looks at, only divides. A sum whose parts are shared, :func:`add_up`, is a
+  gather of scalars for replicated work.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -42,6 +47,52 @@ def gather_shared(x: Tensor, sizes: tuple[int, ...]) -> Tensor:
     """Rows of all processes; what follows differs between them. Backward: my slice of the sum over all."""
     out: Tensor = _GatherShared.apply(x, sizes)  # type: ignore[no-untyped-call]
     return out
+
+
+class Route(NamedTuple):
+    """Which rows go where in a :func:`fetch`."""
+
+    rows: Tensor
+    """My rows that others (and I) want, in the order of who wants them."""
+    sent: list[int]
+    """How many of them go to each process."""
+    received: list[int]
+
+
+def route(wanted: Tensor, sizes: tuple[int, ...]) -> Route:
+    """``wanted``: numbers of rows of all processes, ascending, each one time."""
+    count = torch.tensor([len(wanted)], device=wanted.device)
+    counts = gather_constant(count, (1,) * len(sizes)).tolist()
+    of_all = gather_constant(wanted, tuple(counts)).split(counts)
+    borders = torch.tensor([sum(sizes[:i]) for i in range(len(sizes) + 1)], device=wanted.device)
+    rank = dist.get_rank()
+    parts = [ids[(ids >= borders[rank]) & (ids < borders[rank + 1])] - borders[rank] for ids in of_all]
+    received = torch.searchsorted(wanted, borders).diff().tolist()
+    return Route(torch.cat(parts), [len(part) for part in parts], received)
+
+
+def fetch(x: Tensor, path: Route) -> Tensor:
+    """The rows that I want of each process; what follows differs. Backward: the sum of what all make of mine."""
+    out: Tensor = _Fetch.apply(x, path)  # type: ignore[no-untyped-call]
+    return out
+
+
+def share(x: Tensor, sizes: tuple[int, ...]) -> Tensor:
+    """``x``, rows of :func:`gather_replicated`; what follows differs between the processes. Backward: in my slice the
+    sum over all, by W."""
+    out: Tensor = _Share.apply(x, sizes)  # type: ignore[no-untyped-call]
+    return out
+
+
+def take_own(x: Tensor, sizes: tuple[int, ...]) -> Tensor:
+    """My rows of :func:`gather_replicated`, for work that differs. Backward: by W."""
+    out: Tensor = _TakeOwn.apply(x, sizes)  # type: ignore[no-untyped-call]
+    return out
+
+
+def add_up(x: Tensor) -> Tensor:
+    """The sum over the processes of a scalar. Backward: times W."""
+    return gather_replicated(x.reshape(1), (1,) * dist.get_world_size()).sum()
 
 
 def gather_constant(x: Tensor, sizes: tuple[int, ...]) -> Tensor:
@@ -91,16 +142,64 @@ class _GatherReplicated(torch.autograd.Function):
 class _GatherShared(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, sizes: tuple[int, ...]) -> Tensor:
-        ctx.sizes, ctx.rank = sizes, dist.get_rank()
+        ctx.sizes = sizes
         return gather_constant(x, sizes)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        most = max(ctx.sizes)
-        wire = torch.cat([pad(part, 0, most) for part in grad.split(ctx.sizes)])
-        mine = wire.new_empty(most, *wire.shape[1:])
-        reduce_scatter(mine, wire.contiguous())
-        return mine[: ctx.sizes[ctx.rank]], None
+        return _sum_of_mine(grad, ctx.sizes), None
+
+
+class _Fetch(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, path: Route) -> Tensor:
+        ctx.path, ctx.shape = path, x.shape
+        out = x.new_empty(sum(path.received), *x.shape[1:])
+        dist.all_to_all_single(out, x.detach()[path.rows], path.received, path.sent)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        path: Route = ctx.path
+        back = grad.new_empty(sum(path.sent), *grad.shape[1:])
+        dist.all_to_all_single(back, grad.contiguous(), path.sent, path.received)
+        return grad.new_zeros(ctx.shape).index_add_(0, path.rows, back), None
+
+
+class _Share(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, sizes: tuple[int, ...]) -> Tensor:
+        ctx.sizes = sizes
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        mine = _sum_of_mine(grad, ctx.sizes)
+        out = torch.zeros_like(grad)
+        out[own_rows(ctx.sizes, dist.get_rank())] = mine / len(ctx.sizes)
+        return out, None
+
+
+class _TakeOwn(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, sizes: tuple[int, ...]) -> Tensor:
+        ctx.sizes, ctx.shape = sizes, x.shape
+        return x[own_rows(sizes, dist.get_rank())].clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        out = grad.new_zeros(ctx.shape)
+        out[own_rows(ctx.sizes, dist.get_rank())] = grad / len(ctx.sizes)
+        return out, None
+
+
+def _sum_of_mine(grad: Tensor, sizes: tuple[int, ...]) -> Tensor:
+    """My rows of the sum over all processes: a reduce-scatter, on whose way every part is as long as the longest."""
+    most = max(sizes)
+    wire = torch.cat([pad(part, 0, most) for part in grad.split(sizes)])
+    mine = wire.new_empty(most, *wire.shape[1:])
+    reduce_scatter(mine, wire.contiguous())
+    return mine[: sizes[dist.get_rank()]]
 
 
 @contextmanager

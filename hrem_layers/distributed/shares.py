@@ -8,7 +8,18 @@ import torch
 from torch import Tensor
 
 from hrem_layers._core.batch import Batch
-from hrem_layers.distributed.collectives import gather_constant, gather_replicated, gather_shared, own_rows, pad
+from hrem_layers.distributed.collectives import (
+    add_up,
+    fetch,
+    gather_constant,
+    gather_replicated,
+    gather_shared,
+    own_rows,
+    pad,
+    route,
+    share,
+    take_own,
+)
 
 
 class Shares(NamedTuple):
@@ -40,8 +51,30 @@ class Shares(NamedTuple):
         rows = gather_shared(pad(fragments, 1, self._width(side)), self.sizes(side))
         return rows, self.gather_mask(side, fragments, mask)
 
+    def fetch_fragments(
+        self, side: str, fragments: Tensor, mask: Tensor | None, index: Tensor
+    ) -> tuple[Tensor, Tensor | None, Tensor]:
+        wanted = index.unique()
+        path = route(wanted, self.sizes(side))
+        rows = fetch(pad(fragments, 1, self._width(side)), path)
+        own_mask = self._padded_mask(side, fragments, mask)
+        mask = None if own_mask is None else fetch(own_mask.to(torch.uint8), path).bool()
+        return rows, mask, torch.searchsorted(wanted, index)
+
     def gather_rows(self, side: str, x: Tensor) -> Tensor:
         return gather_replicated(x, self.sizes(side))
+
+    def gather_shared_rows(self, side: str, x: Tensor) -> Tensor:
+        return gather_shared(x, self.sizes(side))
+
+    def share_rows(self, side: str, x: Tensor) -> Tensor:
+        return share(x, self.sizes(side))
+
+    def own_rows(self, side: str, x: Tensor) -> Tensor:
+        return take_own(x, self.sizes(side))
+
+    def add_up(self, x: Tensor) -> Tensor:
+        return add_up(x)
 
     def gather_pairs(self, i2t: Tensor, t2i: Tensor) -> tuple[Tensor, Tensor]:
         texts_stay = self.travels == "image"
@@ -50,11 +83,15 @@ class Shares(NamedTuple):
         return (x.t(), y) if texts_stay else (x, y.t())
 
     def gather_mask(self, side: str, fragments: Tensor, mask: Tensor | None) -> Tensor | None:
+        own = self._padded_mask(side, fragments, mask)
+        return None if own is None else gather_constant(own, self.sizes(side))
+
+    def _padded_mask(self, side: str, fragments: Tensor, mask: Tensor | None) -> Tensor | None:
         if not (self.image_masked if side == "image" else self.text_masked):
             return None
         if mask is None:
             mask = torch.ones(fragments.shape[:2], dtype=torch.bool, device=fragments.device)
-        return gather_constant(pad(mask, 1, self._width(side)), self.sizes(side))
+        return pad(mask, 1, self._width(side))
 
     def _width(self, side: str) -> int:
         return self.image_width if side == "image" else self.text_width
