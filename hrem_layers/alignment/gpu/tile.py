@@ -109,7 +109,7 @@ def word_wins(s, inverse_regions, g, margin, word_ok):
 
 @triton.jit
 def bounds(values, margin, N: tl.constexpr):
-    """values (BI, N), −inf where there is none -> how many exceed each by more than the margin, how many tie with it."""
+    """values (BI, N), −inf for none -> how many exceed each by more than the margin, and how many tie with it."""
     ordered = tl.sort(values, descending=True)
     exceed = how_many(ordered, values + margin[:, None], False, N)
     return exceed, how_many(ordered, values - margin[:, None], True, N) - exceed
