@@ -23,7 +23,7 @@ from _common import extra_peak_mb, in_own_process, make_batch, section, status_k
 
 import hrem_layers.graph
 from hrem_layers import AssociationGraph, HREMLoss, InfoNCELoss, RelationInteraction, SigmoidLoss, TripletLoss
-from hrem_layers.pair_terms import Pairs
+from hrem_layers.losses.terms import Pairs
 
 SIZES = (1024, 2048, 4096, 8192, 16384)
 PARTS = ("search", "pair losses", "all else")

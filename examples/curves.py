@@ -121,7 +121,7 @@ class GraphWatch:
             mean = relevance.where(edges, 0).sum() / count
             spread = ((relevance - mean).square().where(edges, 0).sum() / count).sqrt()
             self._found |= {
-                f"graph/edges_{name}": edges.float().mean(),
+                f"graph/edges_{name}": edges.sum() / (len(edges) * getattr(block, "columns", edges.shape[1])),
                 f"graph/relevance_{name}": mean,
                 f"graph/relevance_spread_{name}": spread,
             }

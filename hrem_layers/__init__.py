@@ -13,6 +13,7 @@ from hrem_layers.interaction import RelationInteraction
 from hrem_layers.loss import HREMLoss, HREMTerms, Relations
 from hrem_layers.losses import InfoNCELoss, SigmoidLoss, TripletLoss
 from hrem_layers.relations import Candidates, Cosines, RelationBlock, RelationGraph, pair_cosines
+from hrem_layers.relations.sparse import SparseRelationBlock, SparseRelationGraph
 from hrem_layers.retrieval import (
     DirectionMetrics,
     RetrievalMetrics,
@@ -20,7 +21,6 @@ from hrem_layers.retrieval import (
     retrieval_metrics_from_similarity,
 )
 from hrem_layers.sampler import NeighborBatchSampler
-from hrem_layers.sparse import SparseRelationBlock, SparseRelationGraph
 
 __version__ = "0.1.0"
 

@@ -29,7 +29,6 @@ from hrem_layers._core.exchange import ALONE, Alone, Exchange
 from hrem_layers._core.numerics import autocast_dtype, autocast_off, compute_dtype, module_dtype
 from hrem_layers.alignment import MODES, Scores, align_fragments
 from hrem_layers.alignment.candidates import align_candidates
-from hrem_layers.neighbors import edge_cosines, exact_units, nearest_rows
 from hrem_layers.relations import (
     Cosines,
     RelationBlock,
@@ -39,7 +38,8 @@ from hrem_layers.relations import (
     nearest,
     pair_cosines,
 )
-from hrem_layers.sparse import (
+from hrem_layers.relations.neighbors import edge_cosines, exact_units, nearest_rows
+from hrem_layers.relations.sparse import (
     AnyGraph,
     SparseRelationBlock,
     SparseRelationGraph,

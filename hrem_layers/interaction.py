@@ -13,7 +13,7 @@ from hrem_layers._core.neighbors import NeighborBias
 from hrem_layers._core.numerics import l2_normalize, module_dtype
 from hrem_layers._core.transformer import LayerFactory, TransformerLayer, make_layers
 from hrem_layers.relations import BLOCKS, RelationBlock
-from hrem_layers.sparse import (
+from hrem_layers.relations.sparse import (
     AnyGraph,
     SparseRelationBlock,
     SparseRelationGraph,

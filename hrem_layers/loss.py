@@ -24,9 +24,9 @@ from hrem_layers.distributed import agree, gather_embeddings, is_distributed, on
 from hrem_layers.graph import AssociationGraph
 from hrem_layers.interaction import RelationInteraction
 from hrem_layers.losses import TripletLoss
-from hrem_layers.pair_terms import PairLoss, Pairs
+from hrem_layers.losses.terms import PairLoss, Pairs
 from hrem_layers.relations import Cosines, pair_cosines
-from hrem_layers.sparse import AnyGraph, SparseRelationGraph, check_any_graph
+from hrem_layers.relations.sparse import AnyGraph, SparseRelationGraph, check_any_graph
 
 _Result = TypeVar("_Result")
 

@@ -21,12 +21,12 @@ from hrem_layers import (
     TransformerLayer,
     TripletLoss,
 )
-from hrem_layers import neighbors as search
 from hrem_layers._core import neighbors as edges
 from hrem_layers._core.batch import PairIds
 from hrem_layers._core.exchange import Rows
-from hrem_layers.neighbors import nearest_rows
 from hrem_layers.relations import nearest
+from hrem_layers.relations import neighbors as search
+from hrem_layers.relations.neighbors import nearest_rows
 
 DOUBLE, D, N, M = torch.float64, 8, 4, 6
 MECHANISMS = ("fusion", "standalone")

@@ -18,8 +18,7 @@ from hrem_layers._core.checks import (
 from hrem_layers._core.exchange import ALONE, Exchange, Rows
 from hrem_layers._core.neighbors import NeighborBias
 from hrem_layers._core.numerics import compute_dtype
-from hrem_layers.neighbors import edge_cosines
-from hrem_layers.relations import (
+from hrem_layers.relations.dense import (
     BLOCKS,
     Candidates,
     RelationBlock,
@@ -28,6 +27,7 @@ from hrem_layers.relations import (
     distance_relevance,
     row_divergence,
 )
+from hrem_layers.relations.neighbors import edge_cosines
 
 
 class SparseRelationBlock(NamedTuple):
@@ -198,7 +198,8 @@ def list_divergence(
     graph: SparseRelationGraph, x: Tensor, y: Tensor, sigma: float, *, squared: bool, dtype: torch.dtype
 ) -> Tensor:
     """L_reg over what each row has in its places across, x (N, D) and y (M, D) of
-    :func:`hrem_layers.neighbors.exact_units`; what :func:`hrem_layers.relations.guide_divergence` is for a matrix."""
+    :func:`hrem_layers.relations.neighbors.exact_units`; what :func:`hrem_layers.relations.guide_divergence` is for a
+    matrix."""
     total = torch.zeros((), dtype=dtype, device=x.device)
     for name, own, other in (("i2t", x, y), ("t2i", y, x)):
         block, own = graph.block(name), graph.rows(name[0]).own(own)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from hrem_layers._core.checks import check_bool_tensor, check_choice, check_index_tensor, check_tensor, said
 from hrem_layers._core.numerics import autocast_off, compute_dtype, tie_tolerance
-from hrem_layers.neighbors import exact_units
+from hrem_layers.relations.neighbors import exact_units
 
 BLOCKS = ("i2i", "i2t", "t2i", "t2t")
 
