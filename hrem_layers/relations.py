@@ -12,7 +12,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hrem_layers._core.checks import check_bool_tensor, check_choice, check_index_tensor, check_tensor, said
+from hrem_layers._core.checks import (
+    check_bool_tensor,
+    check_choice,
+    check_index_tensor,
+    check_number,
+    check_tensor,
+    said,
+)
 from hrem_layers._core.numerics import autocast_off, compute_dtype, l2_normalize, tie_tolerance
 
 BLOCKS = ("i2i", "i2t", "t2i", "t2t")
@@ -92,6 +99,8 @@ class RelationGraph(NamedTuple):
 
 
 def _attention_bias(connection: Tensor, relevance: Tensor, relation_weight: float) -> Tensor:
+    if not torch.compiler.is_compiling():  # a symbol there
+        check_number("relation_weight", relation_weight)
     return torch.where(connection, relation_weight * relevance, -torch.inf)
 
 

@@ -2,7 +2,7 @@
 
 A value is an ``(expectation, value)``: ``"error"`` (nothing right can come of it), ``"same"`` (it means what the good
 one means), ``"nan"`` (a NaN or infinity is in it, and must be in the result or refused), ``"any"`` (an error or a
-finite result).
+result).
 """
 
 from __future__ import annotations
@@ -61,6 +61,10 @@ def retrieved() -> dict[str, Any]:
     return {"image_embedding": drawn(6, D), "text_embedding": drawn(12, D), "captions_per_image": 2, "folds": None}
 
 
+def embeddings_of(n: int, m: int) -> dict[str, Any]:
+    return {"image_embedding": drawn(n, D), "text_embedding": drawn(m, D)}
+
+
 TENSORS = dict.fromkeys(("image_embedding", "text_embedding", "image_fragments", "text_fragments", "similarity"), "x")
 MASKS = dict.fromkeys(("image_mask", "text_mask", "positives"), "mask")
 INDICES = dict.fromkeys(("image_ids", "image_index"), "index")
@@ -68,7 +72,7 @@ CALLED = {**TENSORS, **MASKS, **INDICES, "cosines": "object", "exchange": "skip"
 SPECIAL = {
     "layer": "callable", "negative_sampling": "callable choice", "alignment": "callable choice", "log_scale": "object",
     "graph": "object", "interaction": "object", "pair_loss": "callable", "enhanced_pair_loss": "callable",
-    "cross_pair_loss": "callable", "temperature": "number", "scale": "number", "noise": "optional x",
+    "cross_pair_loss": "callable", "temperature": "number", "scale": "number", "noise": "x",
 }  # fmt: skip
 
 
@@ -125,25 +129,32 @@ def targets() -> Iterator[Target]:
         yield called(f"HREMLoss().{method}", lambda: h.HREMLoss(D, pair_loss=h.TripletLoss(negative_sampling="hardest")),
                      batch, CALLED, method)
     for cls in (h.TripletLoss, h.InfoNCELoss, h.SigmoidLoss):
-        yield called(f"{cls.__name__}()", cls, pairs, CALLED)
+        good = {"noise": drawn(2 * N).sigmoid()} if cls is h.TripletLoss else {}
+        yield called(f"{cls.__name__}()", cls, lambda good=good: {**pairs(), **good}, CALLED)
     for name in losses.__all__:
         function = getattr(losses, name)
         if not isinstance(function, type):
+            noise = {"triplet_loss": (2 * N,), "distance_weighted_negative": (N, 1)}.get(name)
+            good = (lambda noise=noise: {**pairs(), "noise": drawn(*noise).sigmoid()}) if noise else pairs
+
             def seeded(function: Callable[..., object] = function, **given: Any) -> object:
                 torch.manual_seed(0)
                 return function(**given)
 
-            yield Target(name, seeded, pairs, kinds_of(function, CALLED))
+            yield Target(name, seeded, good, kinds_of(function, CALLED))
     yield Target("align_fragments", h.align_fragments,
                  lambda: {**{k: x for k, x in batch().items() if "embedding" not in k}, "topk": 3},
                  kinds_of(h.align_fragments, CALLED))
     yield Target("pair_cosines", h.pair_cosines, embeddings, kinds_of(h.pair_cosines, CALLED))
     ways = {"image_ids": "object", "text_ids": "object", "captions_per_image": "object", "folds": "int"}
+    by_ids = {"image_ids": list(range(6)), "text_ids": [i // 2 for i in range(12)]}
+    yield Target("retrieval_metrics by ids", h.retrieval_metrics,
+                 lambda: {**embeddings_of(6, 12), **by_ids}, {"image_ids": "object", "text_ids": "object"})
     yield Target("retrieval_metrics", h.retrieval_metrics, retrieved,
                  {**kinds_of(h.retrieval_metrics, {**TENSORS, **ways}), "image_embedding": "data", "text_embedding": "data"})
     yield Target("retrieval_metrics_from_similarity", h.retrieval_metrics_from_similarity,
                  lambda: {"similarity": drawn(6, 12), "captions_per_image": 2},
-                 {**kinds_of(h.retrieval_metrics_from_similarity, {**TENSORS, **ways}), "similarity": "data"})
+                 {**kinds_of(h.retrieval_metrics_from_similarity, {**TENSORS, **ways}), "similarity": "ordered data"})
     yield Target("NeighborBatchSampler", lambda **given: list(h.NeighborBatchSampler(**given)), features,
                  {**kinds_of(h.NeighborBatchSampler, {}), "image_features": "data", "captions_per_image": "object",
                   "cluster_ids": "object"})
@@ -158,13 +169,14 @@ class Wrong:
 
 def values(kind: str, good: object) -> Iterator[tuple[str, str, object]]:
     """(what it is, expectation, value)."""
-    if kind.startswith("optional "):
-        kind, good = kind.removeprefix("optional "), torch.rand(2 * N)
     junk = [("a class", Wrong), ("an object", Wrong()), ("bytes", b"x"), ("a dict", {}), ("a module", torch),
             ("complex", 1j), ("a lambda", lambda *_, **__: None), ("Ellipsis", ...)]  # fmt: skip
     for name, value in junk:
         if not (name == "a lambda" and "callable" in kind):
             yield name, "error", value
+    if kind == "ordered data":  # in an order an infinity has its place
+        yield from ((name, "any" if "inf" in name else e, value) for name, e, value in data(kind, good))
+        return
     yield from {"x": tensors, "data": data, "mask": masks, "index": indices}.get(kind, plain)(kind, good)
 
 

@@ -5,8 +5,9 @@
     python benchmarks/reliability/mutants.py --survivors          # those that no test noticed, again
 
 First every quick test file runs once as it is, and the functions that each test enters are noted. Then each fault is
-put in, and the tests that enter its function run, the quickest first, until one fails. Python, PyTorch and pytest are
-loaded once; each fault gets a forked process of its own. A line per fault goes to ``mutants.csv`` at once, so that a
+put in, and the tests that enter its function run, the quickest first, until one fails. Everything is loaded and
+collected once; each fault gets a forked process of its own, in which the function's code is exchanged. (A fault outside
+of functions, or in the default of an argument, is imported instead.) A line per fault goes to ``mutants.csv`` at once, so that a
 run which was stopped goes on where it was. Linux only.
 
 A fault counts as killed if a test fails or, rarely, if the tests do not end. One that changes nothing anybody could
@@ -17,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import gc
 import importlib.abc
 import importlib.machinery
 import importlib.util
@@ -28,7 +30,8 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+import types
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from mutations import Mutation, mutations
@@ -216,22 +219,90 @@ class Faulty(importlib.abc.MetaPathFinder):
         return importlib.util.spec_from_file_location(name, self.path, loader=loader)
 
 
-def try_out(mutation: Mutation, tests: dict[str, dict]) -> str:
+def limits(names: list[str], tests: dict[str, dict]) -> dict[str, float]:
+    budget = sum(tests[name]["seconds"] for name in names)
+    return {"cpu_seconds": 30 + 4 * budget, "seconds": 240 + 20 * budget}
+
+
+def tried_by_import(mutation: Mutation, tests: dict[str, dict]) -> str:
     """The name of the test that notices the fault; "" if none does."""
     names = chosen_tests(mutation, tests)
     if not names:
         return ""
-    budget = sum(tests[name]["seconds"] for name in names)
 
     def work() -> str:
         sys.meta_path.insert(0, Faulty(mutation))
         plugin = Chosen(names)
-        files = sorted({ROOT / name.split("::", 1)[0] for name in names})
-        pytest_main(files, plugin, "-x")
+        pytest_main(sorted({ROOT / name.split("::", 1)[0] for name in names}), plugin, "-x")
         return plugin.failed
 
-    failed, problem = in_fork(work, cpu_seconds=30 + 4 * budget, seconds=240 + 20 * budget)
+    failed, problem = in_fork(work, **limits(names, tests))
     return f"({problem})" if problem else str(failed)
+
+
+class Server:
+    """Collects the tests once, then exchanges one function after another, each in a fork."""
+
+    def __init__(self, wanted: list[Mutation], tests: dict[str, dict], record: Callable[[Mutation, str, float], None]):
+        self.wanted, self.tests, self.record, self.failed = wanted, tests, record, ""
+
+    def pytest_runtest_logreport(self, report) -> None:  # type: ignore[no-untyped-def]
+        if report.failed and not self.failed:
+            self.failed = report.nodeid
+
+    def pytest_runtestloop(self, session) -> bool:  # type: ignore[no-untyped-def]
+        items = {item.nodeid: item for item in session.items}
+        gc.collect()
+        gc.freeze()
+        for mutation in self.wanted:
+            start = time.monotonic()
+            exchanged = changed_functions(mutation)
+            if not exchanged:
+                continue  # left to an import
+            names = [name for name in chosen_tests(mutation, self.tests) if name in items]
+
+            def work(exchanged=exchanged, names=names) -> str:  # type: ignore[no-untyped-def]
+                for function, code in exchanged:
+                    function.__code__ = code
+                for name in names:
+                    items[name].config.hook.pytest_runtest_protocol(item=items[name], nextitem=None)
+                    if self.failed:
+                        break
+                return self.failed
+
+            failed, problem = in_fork(work, **limits(names, self.tests))
+            self.record(mutation, f"({problem})" if problem else str(failed), time.monotonic() - start)
+        return True
+
+
+def changed_functions(mutation: Mutation) -> list[tuple[types.FunctionType, types.CodeType]]:
+    """The functions, as they are loaded, whose code the fault changes, with that code; none if it changes others."""
+    path = str(ROOT / mutation.file)
+    old, new = compile(mutation.source, path, "exec"), compile(mutation.tree, path, "exec")
+    before, after = (dict(functions(code)) for code in (old, new))
+    changed = {name for name in before if before[name] != after.get(name)}
+    if not changed or before.keys() != after.keys():
+        return []
+    loaded = [
+        x for x in gc.get_objects()
+        if isinstance(x, types.FunctionType) and x.__code__.co_filename == path
+        and (x.__code__.co_qualname, x.__code__.co_firstlineno) in changed
+    ]  # fmt: skip
+    if {(x.__code__.co_qualname, x.__code__.co_firstlineno) for x in loaded} != changed:
+        return []
+    found = [(x, after[x.__code__.co_qualname, x.__code__.co_firstlineno]) for x in loaded]
+    return found if all(x.__code__.co_freevars == code.co_freevars for x, code in found) else []
+
+
+def functions(code: types.CodeType) -> Iterator[tuple[tuple[str, int], types.CodeType]]:
+    """Of a module: its functions and methods, not those inside of them."""
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            if constant.co_flags & 2:  # CO_NEWLOCALS: a function; the body of a class has none
+                if not constant.co_name.startswith("<"):
+                    yield (constant.co_qualname, constant.co_firstlineno), constant
+            else:
+                yield from functions(constant)
 
 
 # ---- the run -------------------------------------------------------------------------------------
@@ -281,32 +352,50 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--survivors", action="store_true", help="try those again that no test noticed")
     parser.add_argument("--cache", type=Path, default=ROOT / "build" / "mutants", help="what each test enters")
     arguments = parser.parse_args(argv)
-    rows = read(RESULTS)
     judged = {key(row) for row in read(JUDGED)}
-    again = {key(row) for row in rows if not row["killed_by"] and key(row) not in judged}
-    known = {key(row): row for row in rows}
     warm_up()
     for area in arguments.areas:
         tests = reached(area, arguments.cache)
+        rows = read(RESULTS)
+        known = {key(row) for row in rows}
+        again = {key(row) for row in rows if not row["killed_by"]} - judged
+        wanted: list[Mutation] = []
         for path in sources(area):
             found = mutations(path, str(path.relative_to(ROOT)))
             if arguments.survivors:
-                wanted = [x for x in found if x.key in again]
+                wanted += [x for x in found if x.key in again]
             else:
-                wanted = [x for x in sample(found, arguments.per_file, arguments.seed) if x.key not in known]
-            for mutation in wanted:
+                wanted += [x for x in sample(found, arguments.per_file, arguments.seed) if x.key not in known]
+        done = RESULTS.with_suffix(f".{area}.part")
+        done.unlink(missing_ok=True)
+
+        def serve(wanted=wanted, tests=tests, area=area, done=done) -> None:  # type: ignore[no-untyped-def]
+            def recorded(mutation: Mutation, killed: str, seconds: float) -> None:
+                record(mutation, killed, seconds)
+                with done.open("a") as file:
+                    file.write(json.dumps(mutation.key) + "\n")
+
+            pytest_main(test_files(area), Server(wanted, tests, recorded))
+
+        if wanted:
+            in_fork(serve, cpu_seconds=10**6, seconds=10**6)
+        served = {tuple(json.loads(x)) for x in done.read_text().splitlines()} if done.exists() else set()
+        for mutation in wanted:
+            if mutation.key not in served:
                 start = time.monotonic()
-                killed = try_out(mutation, tests)
-                known[mutation.key] = {
-                    "file": mutation.file, "line": str(mutation.line), "function": mutation.function,
-                    "kind": mutation.kind, "mutation": mutation.change, "killed_by": killed,
-                    "seconds": f"{time.monotonic() - start:.1f}",
-                }  # fmt: skip
-                write(list(known.values()))
-                if not killed:
-                    print(f"{mutation.file}:{mutation.line} {mutation.function}: {mutation.change}", file=sys.stderr)
-        summary(list(known.values()), judged)
+                record(mutation, tried_by_import(mutation, tests), time.monotonic() - start)
+        done.unlink(missing_ok=True)
+        summary(read(RESULTS), judged)
     return 0
+
+
+def record(mutation: Mutation, killed: str, seconds: float) -> None:
+    rows = {key(row): row for row in read(RESULTS)}
+    rows[mutation.key] = {
+        "file": mutation.file, "line": str(mutation.line), "function": mutation.function, "kind": mutation.kind,
+        "mutation": mutation.change, "killed_by": killed, "seconds": f"{seconds:.1f}",
+    }  # fmt: skip
+    write(list(rows.values()))
 
 
 def summary(rows: list[dict[str, str]], judged: set[tuple[str, str, str]]) -> None:
