@@ -252,11 +252,15 @@ class Server:
 
     def pytest_runtestloop(self, session) -> bool:  # type: ignore[no-untyped-def]
         items = {item.nodeid: item for item in session.items}
-        gc.collect()
-        gc.freeze()
+        loaded: Loaded = {}
+        for x in gc.get_objects():
+            if isinstance(x, types.FunctionType) and x.__code__.co_filename.startswith(PACKAGE):
+                place = x.__code__.co_filename, x.__code__.co_qualname, x.__code__.co_firstlineno
+                loaded.setdefault(place, []).append(x)
+        gc.freeze()  # a collection in the fork would copy all memory
         for mutation in self.wanted:
             start = time.monotonic()
-            exchanged = changed_functions(mutation)
+            exchanged = changed_functions(mutation, loaded)
             if not exchanged:
                 continue  # left to an import
             names = [name for name in chosen_tests(mutation, self.tests) if name in items]
@@ -275,7 +279,11 @@ class Server:
         return True
 
 
-def changed_functions(mutation: Mutation) -> list[tuple[types.FunctionType, types.CodeType]]:
+Loaded = dict[tuple[str, str, int], list[types.FunctionType]]
+"""By file, name and first line."""
+
+
+def changed_functions(mutation: Mutation, loaded: Loaded) -> list[tuple[types.FunctionType, types.CodeType]]:
     """The functions, as they are loaded, whose code the fault changes, with that code; none if it changes others."""
     path = str(ROOT / mutation.file)
     old, new = compile(mutation.source, path, "exec"), compile(mutation.tree, path, "exec")
@@ -283,14 +291,9 @@ def changed_functions(mutation: Mutation) -> list[tuple[types.FunctionType, type
     changed = {name for name in before if before[name] != after.get(name)}
     if not changed or before.keys() != after.keys():
         return []
-    loaded = [
-        x for x in gc.get_objects()
-        if isinstance(x, types.FunctionType) and x.__code__.co_filename == path
-        and (x.__code__.co_qualname, x.__code__.co_firstlineno) in changed
-    ]  # fmt: skip
-    if {(x.__code__.co_qualname, x.__code__.co_firstlineno) for x in loaded} != changed:
+    if not all((path, *place) in loaded for place in changed):
         return []
-    found = [(x, after[x.__code__.co_qualname, x.__code__.co_firstlineno]) for x in loaded]
+    found = [(x, after[place]) for place in changed for x in loaded[path, *place]]
     return found if all(x.__code__.co_freevars == code.co_freevars for x, code in found) else []
 
 
