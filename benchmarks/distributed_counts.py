@@ -2,9 +2,12 @@
 
     python benchmarks/distributed_counts.py      # prints the table of docs/distributed.md
 
-Counted, not timed: multiply-adds (2 FLOP) of the matrix products that torch.profiler sees, with their shapes,
-and the bytes that each process receives in the collectives of the library (DDP's or FSDP's own not included).
-The global batch stays the same; every process holds an equal part of it. Largest figure over the processes.
+Counted, not timed: multiply-adds (2 FLOP) of the matrix products that torch.profiler sees, with their shapes, and of
+the products along neighbour lists; and the bytes that each process receives in the collectives of the library (DDP's or
+FSDP's own not included). The global batch stays the same; every process holds an equal part of it. Largest figure over
+the processes.
+
+    python benchmarks/distributed_counts.py --memory     # instead: peak memory of a process with candidates, larger N
 """
 
 from __future__ import annotations
@@ -21,23 +24,42 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from torch.profiler import ProfilerActivity, profile
+from _common import extra_peak_mb
+from torch.profiler import ProfilerActivity, profile, record_function
 
-from hrem_layers import AssociationGraph, HREMLoss, RelationInteraction, TripletLoss
+import hrem_layers.loss
+from hrem_layers import ALONE, AssociationGraph, HREMLoss, RelationInteraction, TripletLoss
 
 PRODUCTS = {"mm": 0, "bmm": 0, "addmm": 1, "baddbmm": 1, "addmm_": 1, "baddbmm_": 1, "mm_out": 0}
 ATTENTION = "aten::_scaled_dot_product"
 
 
-class WholeGraph(AssociationGraph):
-    """Without the keyword ``shares``: every process gets all fragments and aligns all pairs."""
+KINDS = ("alignment", "search", "neighbours", "pair losses", "rest")
 
-    def forward(self, v, u, r, c, r_mask=None, c_mask=None):
-        return super().forward(v, u, r, c, r_mask, c_mask)
+
+class WholeGraph(AssociationGraph):
+    """Every process gets all fragments and aligns all pairs."""
+
+    def forward(self, v, u, r, c, r_mask=None, c_mask=None, *, exchange=ALONE, **options):
+        r, r_mask = exchange.gather_fragments("image", r, r_mask)
+        c, c_mask = exchange.gather_fragments("text", c, c_mask)
+        return super().forward(v, u, r, c, r_mask, c_mask, **options)
+
+
+def marked(original):
+    """Pair losses, so that their products are known in a profile: streamed, they find their gradient in forward."""
+
+    def loss(*args, **options):
+        with record_function("pair losses"):
+            return original(*args, **options)
+
+    return loss
 
 
 def product_flops(name: str, shapes: list) -> int:
-    """2 · the multiply-adds of one call, 0 for what is no matrix product."""
+    """2 · the multiply-adds of one call, 0 for what is no product."""
+    if name.startswith("hrem_layers::neighbor_"):  # (n, h, d) or (n, K, h), then (m or n, h, d), then (n, K)
+        return 2 * math.prod(shapes[2]) * math.prod(shapes[1][1:])
     if name.startswith("aten::") and name[6:] in PRODUCTS:
         a, b = shapes[PRODUCTS[name[6:]] :][:2]
         return 2 * math.prod(a) * b[-1]
@@ -48,18 +70,26 @@ def product_flops(name: str, shapes: list) -> int:
     return 0
 
 
+def kind_of(event) -> str:
+    while event is not None:
+        for start, kind in (("align", "alignment"), ("nearest_rows", "search"), ("neighbor", "neighbours")):
+            if event.name.startswith(f"hrem_layers::{start}"):
+                return kind
+        if event.name == "pair losses":
+            return event.name
+        event = event.cpu_parent
+    return "rest"
+
+
 def counted(work) -> Counter:
-    """FLOP of the matrix products in ``work()``, those inside the alignment apart."""
+    """FLOP of the products in ``work()``, by kind: :data:`KINDS`."""
     with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as record:
         work()
     flops = Counter()
     for event in record.events():
         amount = product_flops(event.name, event.input_shapes)
         if amount:
-            above = event
-            while above is not None and not above.name.startswith("hrem_layers::align"):
-                above = above.cpu_parent
-            flops["rest" if above is None else "alignment"] += amount
+            flops[kind_of(event)] += amount
     return flops
 
 
@@ -98,12 +128,16 @@ def measure(rank: int, world: int, options: argparse.Namespace, folder: str) -> 
     dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=world)
     n, r, w, d = options.items // world, options.regions, options.words, options.dim
     results = {}
+    pairs = hrem_layers.loss.Pairs
+    pairs.loss = marked(pairs.loss)
     for name, graph_type, graph_options in (
         ("every process everything", WholeGraph, {}),
         ("shared", AssociationGraph, {}),
         ("shared, `detach_fragments=False`", AssociationGraph, {"detach_fragments": False}),
         (f"shared, `candidates={options.candidates}`", AssociationGraph, {"candidates": options.candidates}),
     ):
+        if options.only and options.only not in name:
+            continue
         torch.manual_seed(0)
         loss = HREMLoss(
             d,
@@ -124,11 +158,42 @@ def measure(rank: int, world: int, options: argparse.Namespace, folder: str) -> 
         dist.all_gather_object(everyone, (dict(flops), dict(volume)))
         results[name] = [
             {key: max(counts[place].get(key, 0) for counts in everyone) for key in keys}
-            for place, keys in ((0, ("alignment", "rest")), (1, ("all-gather", "reduce-scatter", "broadcast")))
+            for place, keys in ((0, KINDS), (1, ("all-gather", "reduce-scatter", "broadcast")))
         ]
     if rank == 0:
         Path(folder, "results.json").write_text(json.dumps(results))
     dist.destroy_process_group()
+
+
+def measure_memory(rank: int, world: int, options: argparse.Namespace, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=world)
+    torch.manual_seed(0)
+    d = options.dim
+    loss = HREMLoss(
+        d, graph=AssociationGraph(candidates=options.candidates), gather_distributed=True,
+        pair_loss=TripletLoss(negative_sampling="hardest"),
+    )  # fmt: skip
+
+    def work(n: int):
+        shapes = (n, d), (n, d), (n, options.regions, d), (n, options.words, d)
+        inputs = [torch.randn(*shape, requires_grad=True) for shape in shapes]
+        return lambda: loss(*inputs).backward()
+
+    work(2 * options.candidates)()
+    run = work(options.items // world)
+    dist.barrier()
+    peak = torch.tensor(extra_peak_mb(run))
+    dist.all_reduce(peak, dist.ReduceOp.MAX)
+    if rank == 0:
+        Path(folder, "results.json").write_text(json.dumps(peak.item()))
+    dist.destroy_process_group()
+
+
+def in_processes(work, world: int, options: argparse.Namespace):
+    with tempfile.TemporaryDirectory() as folder:
+        mp.spawn(work, (world, options, folder), nprocs=world)
+        return json.loads(Path(folder, "results.json").read_text())
 
 
 def main() -> None:
@@ -139,25 +204,33 @@ def main() -> None:
     parser.add_argument("--dim", type=int, default=64)
     parser.add_argument("--candidates", type=int, default=16)
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2, 4])
+    parser.add_argument("--json", type=Path, help="write the counts to this file too, for scaling_counts.py --check")
+    parser.add_argument("--only", help="only graphs whose name has this in it, such as candidates")
+    parser.add_argument("--memory", action="store_true", help="peak memory of a process instead of counts")
     options = parser.parse_args()
+    if options.memory:
+        print("| processes | peak of a process beyond its part of the batch, MB |\n|---|---|")
+        for world in options.processes:
+            print(f"| {world} | {in_processes(measure_memory, world, options):.0f} |", flush=True)
+        return
     table: dict[str, dict[int, list]] = {}
     for world in options.processes:
-        with tempfile.TemporaryDirectory() as folder:
-            mp.spawn(measure, (world, options, folder), nprocs=world)
-            for name, counts in json.loads(Path(folder, "results.json").read_text()).items():
-                table.setdefault(name, {})[world] = counts
+        for name, counts in in_processes(measure, world, options).items():
+            table.setdefault(name, {})[world] = counts
+    if options.json:
+        given = {name: getattr(options, name) for name in ("items", "regions", "words", "dim", "candidates")}
+        options.json.write_text(json.dumps({"options": given, "rows": table}))
     n, r, w, d = options.items, options.regions, options.words, options.dim
     print(f"N = {n} in all, R = {r}, W = {w}, D = {d}, float32; forward and backward\n")
-    print(
-        "| alignment | processes | alignment, GFLOP a process | the rest, GFLOP a process | "
-        "received in all-gathers, MB a process | received in reduce-scatters, MB a process |"
-    )
-    print("|---|---|---|---|---|---|")
+    kinds = " | ".join(f"{kind}, GFLOP" for kind in KINDS)
+    print(f"| graph | processes | {kinds} | received in all-gathers, MB | received in reduce-scatters, MB |")
+    print("|---" * (len(KINDS) + 4) + "|")
     for name, rows in table.items():
         for world, (flops, volume) in rows.items():
+            cells = " | ".join(f"{flops[kind] / 1e9:.3g}" for kind in KINDS)
             print(
-                f"| {name} | {world} | {flops['alignment'] / 1e9:.2f} | {flops['rest'] / 1e9:.2f} | "
-                f"{(volume['all-gather'] + volume['broadcast']) / 1e6:.2f} | {volume['reduce-scatter'] / 1e6:.2f} |"
+                f"| {name} | {world} | {cells} | {(volume['all-gather'] + volume['broadcast']) / 1e6:.2f} | "
+                f"{volume['reduce-scatter'] / 1e6:.2f} |"
             )
 
 

@@ -10,6 +10,7 @@ rose above what it held before the call. The last table is arithmetic with the f
 from __future__ import annotations
 
 import argparse
+import json
 import multiprocessing
 import resource
 import time
@@ -87,6 +88,11 @@ def measure(make, options: argparse.Namespace, n: int, candidates: int | None) -
         ) from None
 
 
+def without_alignment(flops: dict[str, int]) -> float:
+    """In GFLOP."""
+    return sum(x for kind, x in flops.items() if kind != "alignment") / 1e9
+
+
 def graph_table(options: argparse.Namespace) -> None:
     r, w, d = options.regions, options.words, options.dim
     print(f"\n### AssociationGraph (measured; R = {r}, W = {w}, D = {d}, one thread)\n")
@@ -101,13 +107,13 @@ def graph_table(options: argparse.Namespace) -> None:
                 training = f"{measure(graph_training_work, options, n, k)[1]:.2f}"
             print(
                 f"| {n} | {k or 'none (dense)'} | {flops.get('alignment', 0) / 1e9:.2f} | "
-                f"{flops.get('rest', 0) / 1e9:.3f} | {seconds:.2f} | {memory / 1e6:.0f} | {training} |",
+                f"{without_alignment(flops):.3f} | {seconds:.2f} | {memory / 1e6:.0f} | {training} |",
                 flush=True,
             )
 
 
 def loss_table(options: argparse.Namespace) -> float:
-    """Returns the bytes per N² measured last: at the largest N, with candidates."""
+    """Returns the bytes per N² of the dense loss at the largest N."""
     print(f"\n### HREMLoss, fusion, 16 heads, forward and backward (measured; D = {options.dim})\n")
     print("| N | candidates | alignment, GFLOP | the rest, GFLOP | CPU s | memory, MB | memory / N², bytes |")
     print("|---|---|---|---|---|---|---|")
@@ -115,10 +121,11 @@ def loss_table(options: argparse.Namespace) -> float:
     for n in options.loss_sizes:
         for k in (None, options.candidates[0]):
             flops, seconds, memory = measure(loss_work, options, n, k)
-            per_square = memory / n**2
+            if k is None:
+                per_square = memory / n**2
             print(
-                f"| {n} | {k or 'none (dense)'} | {flops['alignment'] / 1e9:.2f} | {flops['rest'] / 1e9:.2f} | "
-                f"{seconds:.2f} | {memory / 1e6:.0f} | {per_square:.0f} |",
+                f"| {n} | {k or 'none (dense)'} | {flops['alignment'] / 1e9:.2f} | {without_alignment(flops):.2f} | "
+                f"{seconds:.2f} | {memory / 1e6:.0f} | {memory / n**2:.0f} |",
                 flush=True,
             )
     return per_square
@@ -129,25 +136,39 @@ def step_costs(
 ) -> dict[str, float]:
     """One step of the gathered loss on one of ``processes``: FLOP, bytes received, bytes held.
 
-    Fusion with one layer and ffn_dim = D; fragments in numbers of ``size`` bytes, all else float32;
-    ``through``: gradients to the fragments (detach_fragments=False). The table in docs/scaling.md.
+    Fusion with one layer and ffn_dim = D, a pair loss that streams, at least ``candidates`` neighbours within a
+    modality; fragments in numbers of ``size`` bytes, all else float32; ``through``: gradients to the fragments
+    (detach_fragments=False). ``python benchmarks/scaling_counts.py --check`` compares with what is counted.
     """
-    pairs = n * n / processes if candidates is None else 2 * n * candidates / processes  # two directions
-    blocks = 4 * 4 * (n * n if candidates is None else n * candidates)  # p and S, two directions
-    travelling = n * d * size * (min(r, w) if candidates is None else r + w)
-    elsewhere = (processes - 1) / processes
-    nodes = 2 * n
-    projections = 2 * nodes * d * d * 6  # q, k, v, output, two feed-forward
-    attention = 2 * 2 * nodes * nodes * d
-    cosines = 2 * n * n * d * (6 + 4)  # three cosines, three distances in the graph, four in the pair losses
+    sparse, nodes, elsewhere = candidates is not None, 2 * n, (processes - 1) / processes
+    shared = processes if sparse else 1  # over how many the work after the alignment is shared
+    k = candidates if sparse else n
+    pairs = (2 * n * k if sparse else n * n) / processes  # each direction aligns its own candidates
+    embeddings = nodes * d * 4
+    received = {
+        "fragments received": n * d * size * (r + w if sparse else min(r, w)) * (2 if through else 1),
+        "p and S received": 0 if sparse else 4 * 4 * n * n,
+        # the embeddings; keys and values, enhanced
+        "embeddings and their like received": embeddings * (1 + (2 + 1 if sparse else 0)),
+        # keys and values, distances (float64), four pair losses
+        "their gradients received": embeddings * (2 + 2 + 4) if sparse else 0,
+    }
     return {
         "alignment, FLOP": pairs * 2 * r * w * d * (4 if through else 1),
-        "attention and pair losses, FLOP": 3 * (projections + attention + cosines),
-        "fragments received, bytes": travelling * elsewhere * (2 if through else 1),
-        "p and S received, bytes": blocks * elsewhere,
-        "embeddings received, bytes": 2 * n * d * 4 * elsewhere,
-        "A and S held, bytes": nodes * nodes * (1 + 4),
-        "attention weights of all heads, bytes": heads * nodes * nodes * 4,
+        "cosines to find neighbours, FLOP (float64)": 2 * d * (4 * n * n if sparse else 3 * n * n) / shared,
+        # attention: 2 and 4 more in backward, over both blocks; distances 3 within; the guide across
+        "attention, distances, guide, FLOP": 2
+        * nodes
+        * d
+        * ((6 * 2 + 3 + 1) * k if sparse else 6 * nodes + 3 * n)
+        / shared,
+        # four losses; streamed, images and texts each compute their own similarities
+        "pair losses, FLOP": 4 * 3 * (2 if sparse else 1) * 2 * n * n * d / shared,
+        "projections and feed-forward, FLOP": 3 * 6 * 2 * nodes * d * d / shared,
+        **{f"{name}, bytes": volume * elsewhere for name, volume in received.items()},
+        "fragments of one modality, gathered and normalised, bytes": n * max(r, w) * d * (size + 4),
+        "A and S held, bytes": nodes * (2 * k * (8 + 4 + 1) / processes if sparse else nodes * (4 + 1)),
+        "attention weights of all heads, bytes": heads * nodes * (2 * k / processes if sparse else nodes) * 4,
     }
 
 
@@ -155,18 +176,51 @@ def arithmetic_table(per_square: float) -> None:
     n, processes, r, w, d, heads, k = 32768, 256, 36, 32, 1024, 16, 64
     print(f"\n### Arithmetic, nothing measured: N = {n}, {processes} processes, R = {r}, W = {w}, D = {d}, "
           f"{heads} heads, fragments in 2 bytes, fragments detached\n")  # fmt: skip
+    sizes = {
+        "one process, N = 128": (128, 1, None), "dense": (n, processes, None), f"candidates={k}": (n, processes, k),
+    }  # fmt: skip
     columns = {
-        "one process, N = 128": step_costs(128, 1, r, w, d, heads=heads, candidates=None, through=False, size=2),
-        "dense": step_costs(n, processes, r, w, d, heads=heads, candidates=None, through=False, size=2),
-        f"candidates={k}": step_costs(n, processes, r, w, d, heads=heads, candidates=k, through=False, size=2),
+        name: step_costs(n, p, r, w, d, heads=heads, candidates=k, through=False, size=2)
+        for name, (n, p, k) in sizes.items()
     }
     print("| of one process in one step | " + " | ".join(columns) + " |")
     print("|---" * (len(columns) + 1) + "|")
     for name in columns["dense"]:
         print(f"| {name} | " + " | ".join(f"{column[name]:.2g}" for column in columns.values()) + " |")
+    flop = [sum(x for name, x in column.items() if "FLOP" in name) for column in columns.values()]
+    volume = [sum(x for name, x in column.items() if name.endswith("received, bytes")) for column in columns.values()]
+    print("| **all FLOP** | " + " | ".join(f"{x:.2g}" for x in flop) + " |")
+    print("| **all bytes received** | " + " | ".join(f"{x:.2g}" for x in volume) + " |")
+    seconds = [f / 1e14 + b / 25e9 for f, b in zip(flop, volume, strict=True)]
+    print("| **s at 10¹⁴ FLOP and 25·10⁹ bytes per second, one after the other** | "
+          + " | ".join(f"{x:.2g}" for x in seconds) + " |")  # fmt: skip
     if per_square:
-        whole = " | ".join(f"{per_square * size**2:.2g}" for size in (128, n, n))
-        print(f"| the whole loss at the {per_square:.0f} bytes · N² measured above, bytes | {whole} |")
+        print(f"| the whole dense loss at the {per_square:.0f} bytes · N² measured above, bytes | "
+              f"{per_square * 128**2:.2g} | {per_square * n**2:.2g} | none of it |")  # fmt: skip
+
+
+def check_table(counts: Path) -> None:
+    """What distributed_counts.py counted (``--json``), beside the formulas."""
+    found = json.loads(counts.read_text())
+    given, rows = found["options"], found["rows"]
+    print("\n### Counted / formula\n\n| processes | work | counted | formula | ratio |\n|---|---|---|---|---|")
+    name = next(name for name in rows if "candidates" in name)
+    for world, (flops, volume) in rows[name].items():
+        costs = step_costs(
+            given["items"], int(world), given["regions"], given["words"], given["dim"], heads=16,
+            candidates=given["candidates"], through=False, size=4,
+        )  # fmt: skip
+        (align, search, near, pairs, rest), received = (
+            [x for name, x in costs.items() if "FLOP" in name], [x for name, x in costs.items() if "received" in name],
+        )  # fmt: skip
+        for kind, counted_, formula in (
+            ("alignment", flops["alignment"], align), ("search", flops["search"], search),
+            ("neighbours", flops["neighbours"], near), ("pair losses", flops["pair losses"], pairs),
+            ("projections", flops["rest"], rest), ("all-gathers", volume["all-gather"], sum(received[:-1])),
+            ("reduce-scatters", volume["reduce-scatter"], received[-1]),
+        ):  # fmt: skip
+            ratio = f"{counted_ / formula:.3f}" if formula else "-"
+            print(f"| {world} | {kind} | {counted_:.4g} | {formula:.4g} | {ratio} |")
 
 
 def main() -> None:
@@ -178,7 +232,11 @@ def main() -> None:
     parser.add_argument("--words", type=int, default=32)
     parser.add_argument("--dim", type=int, default=256)
     parser.add_argument("--largest-dense-backward", type=int, default=512)
+    parser.add_argument("--check", type=Path, help="what distributed_counts.py --json wrote: compare, and nothing else")
     options = parser.parse_args()
+    if options.check:
+        check_table(options.check)
+        return
     if options.sizes:
         graph_table(options)
     per_square = loss_table(options) if options.loss_sizes else 0

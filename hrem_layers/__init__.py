@@ -20,6 +20,7 @@ from hrem_layers.retrieval import (
     retrieval_metrics_from_similarity,
 )
 from hrem_layers.sampler import NeighborBatchSampler
+from hrem_layers.sparse import SparseRelationBlock, SparseRelationGraph
 
 __version__ = "0.1.0"
 
@@ -42,6 +43,8 @@ __all__ = [
     "RetrievalMetrics",
     "Scores",
     "SigmoidLoss",
+    "SparseRelationBlock",
+    "SparseRelationGraph",
     "TransformerLayer",
     "TripletLoss",
     "align_fragments",

@@ -8,7 +8,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from hrem_layers._core.batch import check_embeddings, check_fragments, check_positives, find_positives
+from hrem_layers._core.batch import (
+    PairIds,
+    check_embeddings,
+    check_fragments,
+    check_image_ids,
+    check_positives,
+    pair_ids,
+)
 from hrem_layers._core.checks import (
     check_bool,
     check_choice,
@@ -18,23 +25,28 @@ from hrem_layers._core.checks import (
     check_tensor,
     said,
 )
-from hrem_layers._core.exchange import ALONE, Exchange
-from hrem_layers._core.numerics import autocast_dtype, compute_dtype, module_dtype
+from hrem_layers._core.exchange import ALONE, Alone, Exchange
+from hrem_layers._core.numerics import autocast_dtype, autocast_off, compute_dtype, module_dtype
 from hrem_layers.alignment import MODES, Scores, align_fragments
 from hrem_layers.alignment.candidates import align_candidates
+from hrem_layers.neighbors import edge_cosines, exact_units, nearest_rows
 from hrem_layers.relations import (
-    Candidates,
     Cosines,
     RelationBlock,
     RelationGraph,
-    check_graph,
     distance_relevance,
     guide_divergence,
     nearest,
-    nearest_candidates,
     pair_cosines,
-    scatter_rows,
-    text_count,
+)
+from hrem_layers.sparse import (
+    AnyGraph,
+    SparseRelationBlock,
+    SparseRelationGraph,
+    assemble,
+    check_any_graph,
+    count_texts,
+    list_divergence,
 )
 
 Alignment = Callable[[Tensor, Tensor, Tensor | None, Tensor | None, int], Scores]
@@ -88,13 +100,15 @@ class AssociationGraph(nn.Module):
             interaction then leaves out edges within a modality that would lead there over a third node.
             Holds for an interaction of one layer.
         chunk_size: image-text pairs aligned at one time; see :func:`hrem_layers.align_fragments`.
-        candidates: None = p, q and S for all N·M pairs. An integer k: across modalities each row (an image and
-            its texts, a text and its images) has p, q and S only for the k nodes of the other modality whose
-            embeddings have the largest cosine with its own; k of at least N and M is the same as None. A pair
-            that is no candidate has no edge and relevance 0; a row has at most k edges across; L_reg compares the
-            two distributions over the row's candidates. No gradient flows through the choice. The cost of the
-            alignment grows as N·k instead of N·M; each direction aligns its own candidates, so from k = N/2
-            on None costs less.
+        candidates: None = p, q and S for all N·M pairs, and a :class:`RelationGraph`. An integer k: a
+            :class:`SparseRelationGraph` of at most k neighbours per row and block, in time and memory that grow as
+            N·k but for the search of the neighbours. Across the modalities each row (an image and its texts, a text
+            and its images) has p, q and S only for the k nodes of the other one whose embeddings have the largest
+            cosine with its own, and of these edges to the nearest by p; L_reg compares the two distributions over
+            these candidates. Within a modality it has edges to its min(k, ⌊cρ⌋) nearest. Where more tie with the
+            last than fit, those of the smallest numbers are taken (a row's nodes across that tie by p all keep their
+            edge). No gradient flows through the choice. k of at least N and M is the same as None; each direction
+            aligns its own candidates, so from k = N/2 on None costs less.
 
     Example:
         >>> graph = AssociationGraph()
@@ -151,10 +165,11 @@ class AssociationGraph(nn.Module):
         text_mask: Tensor | None = None,
         *,
         image_index: Tensor | None = None,
+        image_ids: Tensor | None = None,
         positives: Tensor | None = None,
         cosines: Cosines | None = None,
         exchange: Exchange = ALONE,
-    ) -> RelationGraph:
+    ) -> AnyGraph:
         """
         Args:
             image_embedding: (N, D), of any length: normalised here.
@@ -164,15 +179,17 @@ class AssociationGraph(nn.Module):
             image_mask: (N, R) bool, True = real; None = all real.
             text_mask: (M, W) likewise.
             image_index: (M,) integer in [0, N), the image that each text describes; None = M is N, row by row.
-            positives: (N, M) bool, which pairs belong together, for ``exclude_positives``; None = as
-                ``image_index`` says.
-            cosines: those of the embeddings (:func:`hrem_layers.pair_cosines`), if the caller has them already.
+            image_ids: (N,) integer, equal ids belong together, for ``exclude_positives``; None = every image is its
+                own. A text belongs to the image that it describes.
+            positives: (N, M) bool, which pairs belong together, instead of ``image_ids``.
+            cosines: those of the embeddings (:func:`hrem_layers.pair_cosines`), if the caller has them already; a
+                sparse graph has no use for them.
             exchange: of several processes. The embeddings are then those of all, fragments and masks those of this
                 one, and the alignment is shared among the processes.
 
         Returns:
             RelationGraph of connection (N + M, N + M) bool and relevance (N + M, N + M) in the dtype of
-            ``image_embedding`` (float32 under autocast).
+            ``image_embedding`` (float32 under autocast); with ``candidates`` less than N or M a SparseRelationGraph.
 
         Raises:
             TypeError, ValueError: an argument has the wrong type, dtype, shape or device.
@@ -184,16 +201,23 @@ class AssociationGraph(nn.Module):
         check_fragments("image", image_fragments, image_mask, n_own, "F", device)
         check_fragments("text", text_fragments, text_mask, m_own, image_fragments.shape[2], device)
         check_positives(positives, n, m, device)
+        check_image_ids(image_ids, n, positives, device)
         check_same_device("image_embedding", image_embedding, self)
 
         if self.detach_fragments:
             image_fragments, text_fragments = image_fragments.detach(), text_fragments.detach()
         fragments = _Fragments(image_fragments, text_fragments, image_mask, text_mask)
+        excluded: Tensor | PairIds | None = None
+        if self.exclude_positives:
+            excluded = pair_ids(n, image_ids, image_index, device) if positives is None else positives
+        if self.uses_lists(n, m):
+            return self._lists(image_embedding, text_embedding, fragments, excluded, exchange)
+        if isinstance(excluded, PairIds):
+            excluded = excluded.matrix()
         if cosines is None:
             cosines = pair_cosines(image_embedding, text_embedding)
-        excluded = find_positives(n, None, image_index, positives, device) if self.exclude_positives else None
         wide = compute_dtype(image_embedding.dtype)
-        i2t, t2i, candidates = self._across(fragments, cosines, excluded, exchange)
+        i2t, t2i = self._across(fragments, excluded, exchange)
         connection = _assemble(
             nearest(cosines.images.to(wide), self._neighbors(n)), i2t.connection,
             t2i.connection, nearest(cosines.texts.to(wide), self._neighbors(m)),
@@ -201,13 +225,16 @@ class AssociationGraph(nn.Module):
         relevance = _assemble(
             self._within(cosines.images, wide), i2t.relevance, t2i.relevance, self._within(cosines.texts, wide)
         )
-        if autocast_dtype(device) is None:
-            relevance = relevance.to(image_embedding.dtype)
-        return RelationGraph(connection, relevance, n, candidates, excluded)
+        relevance = relevance.to(_result_dtype(image_embedding))
+        return RelationGraph(connection, relevance, n, excluded=excluded)
+
+    def uses_lists(self, n: int, m: int) -> bool:
+        """Whether a batch of N images and M texts gets a :class:`SparseRelationGraph`."""
+        return self.candidates is not None and self.candidates < max(n, m)
 
     def regularization(
         self,
-        graph: RelationGraph,
+        graph: AnyGraph,
         image_embedding: Tensor,
         text_embedding: Tensor,
         *,
@@ -237,38 +264,72 @@ class AssociationGraph(nn.Module):
         """
         check_tensor("image_embedding", image_embedding, ("N", "D"))
         n, d = image_embedding.shape
-        check_tensor("text_embedding", text_embedding, (text_count(graph, n), d), device=image_embedding.device)
-        check_graph(graph, n, text_embedding.shape[0], image_embedding.device)
+        check_tensor("text_embedding", text_embedding, (count_texts(graph, n), d), device=image_embedding.device)
+        graph = check_any_graph(graph, n, text_embedding.shape[0], image_embedding.device)
+        if isinstance(graph, SparseRelationGraph):
+            x, y = (exact_units(e.detach()) for e in (image_embedding, text_embedding))
+            dtype = compute_dtype(image_embedding.dtype)
+            return list_divergence(graph, x, y, self.sigma, squared=self.squared_distance, dtype=dtype)
         if cosines is None:
             cosines = pair_cosines(image_embedding.detach(), text_embedding.detach())
         wide = compute_dtype(image_embedding.dtype)
         return guide_divergence(graph, cosines.across, self.sigma, squared=self.squared_distance, dtype=wide)
 
     def _across(
-        self, fragments: _Fragments, cosines: Cosines, excluded: Tensor | None, exchange: Exchange
-    ) -> tuple[RelationBlock, RelationBlock, Candidates | None]:
-        """Edges and relevance of both directions, (N, M) and (M, N), and the candidates that they were taken from."""
-        n, m = cosines.across.shape
+        self, fragments: _Fragments, excluded: Tensor | None, exchange: Exchange
+    ) -> tuple[RelationBlock, RelationBlock]:
+        """Edges and relevance of both directions, (N, M) and (M, N)."""
+        i2t, t2i = self._all_pairs(fragments, exchange)
+        n, m = i2t.mean.shape
         allowed = None if excluded is None else ~excluded
         back = None if allowed is None else allowed.t()
-        scale = 1.0 if self.alignment in ("cosine", "scan") else None
-        k_i2t, k_t2i = self._neighbors(m), self._neighbors(n)
-        if self.candidates is None or self.candidates >= max(n, m):
-            i2t, t2i = self._all_pairs(fragments, exchange)
-            return (
-                RelationBlock(nearest(i2t.mean, k_i2t, scale=scale, allowed=allowed), i2t.relevance),
-                RelationBlock(nearest(t2i.mean, k_t2i, scale=scale, allowed=back), t2i.relevance),
-                None,
-            )
-        index = nearest_candidates(cosines.across.to(compute_dtype(fragments.images.dtype)), self.candidates)
-        i2t, t2i = self._candidate_pairs(fragments, index, exchange)
+        return (
+            RelationBlock(nearest(i2t.mean, self._neighbors(m), scale=self._scale, allowed=allowed), i2t.relevance),
+            RelationBlock(nearest(t2i.mean, self._neighbors(n), scale=self._scale, allowed=back), t2i.relevance),
+        )
 
-        def spread(found: _Direction, where: Tensor, k: int, columns: int, allowed: Tensor | None) -> RelationBlock:
-            here = None if allowed is None else allowed.gather(1, where)
-            edges = nearest(found.mean, min(k, where.shape[1]), scale=scale, allowed=here)
-            return RelationBlock(scatter_rows(edges, where, columns), scatter_rows(found.relevance, where, columns))
+    def _lists(
+        self, v: Tensor, u: Tensor, fragments: _Fragments, excluded: Tensor | PairIds | None, exchange: Exchange
+    ) -> SparseRelationGraph:
+        """The graph of ``candidates=k``. The nodes are found, aligned and weighed by their lists alone."""
+        assert self.candidates is not None
+        (n, m), k = (v.shape[0], u.shape[0]), self.candidates
+        wide, dtype = compute_dtype(v.dtype), _result_dtype(v)
+        images, texts = exchange.own("image", n), exchange.own("text", m)  # this process's rows
+        with autocast_off(v.device):
+            x, y = exact_units(v), exact_units(u)
+            of_fragments = compute_dtype(fragments.images.dtype)
+            i2t = nearest_rows(x[images], y, min(k, m), of_fragments)
+            t2i = nearest_rows(y[texts], x, min(k, n), of_fragments)
 
-        return spread(i2t, index.i2t, k_i2t, m, allowed), spread(t2i, index.t2i, k_t2i, n, back), index
+            def within(side: str, units: Tensor, rows: slice) -> SparseRelationBlock:
+                count = units.shape[0]
+                index = nearest_rows(units[rows], units, min(k, self._neighbors(count)), wide)
+                units = exchange.share_rows(side, units)
+                relevance = self._within(edge_cosines(units[rows], units, index), wide).to(dtype)
+                return SparseRelationBlock(index, relevance, torch.ones_like(index, dtype=torch.bool), count)
+
+            i2i, t2t = within("image", x, images), within("text", y, texts)
+        found = self._candidate_pairs(fragments, i2t, t2i, exchange)
+
+        def across(found: _Direction, index: Tensor, count: int, allowed: Tensor | None) -> SparseRelationBlock:
+            neighbors = min(self._neighbors(count), index.shape[1])
+            edges = nearest(found.mean, neighbors, scale=self._scale, allowed=allowed)
+            return SparseRelationBlock(index, found.relevance.to(dtype), edges, count)
+
+        return assemble(
+            i2i,
+            across(found[0], i2t, m, _allowed(excluded, i2t, images)),
+            across(found[1], t2i, n, _allowed(_turned(excluded), t2i, texts)),
+            t2t,
+            excluded,
+            None if isinstance(exchange, Alone) else exchange,
+        )
+
+    @property
+    def _scale(self) -> float | None:
+        """The magnitude of p of which an ulp is meant; None = the largest of the row."""
+        return 1.0 if self.alignment in ("cosine", "scan") else None
 
     def _all_pairs(self, fragments: _Fragments, exchange: Exchange) -> tuple[_Direction, _Direction]:
         """p and S of all pairs. Each process aligns its own texts with all images (or its images with all texts,
@@ -302,9 +363,9 @@ class AssociationGraph(nn.Module):
         return scores
 
     def _candidate_pairs(
-        self, fragments: _Fragments, index: Candidates, exchange: Exchange
+        self, fragments: _Fragments, i2t: Tensor, t2i: Tensor, exchange: Exchange
     ) -> tuple[_Direction, _Direction]:
-        """p and S of every row's candidates, (N, k) and (M, k); each process does its own rows."""
+        """p and S of the candidates of this process's rows, (n, k) and (m, k), which ``i2t`` and ``t2i`` name."""
         images, texts, image_mask, text_mask = fragments
         mode = check_choice("alignment", self.alignment, MODES)
 
@@ -312,15 +373,14 @@ class AssociationGraph(nn.Module):
             given = (texts, text_mask) if side == "image" else (images, image_mask)
             others, others_mask = exchange.gather_fragments("text" if side == "image" else "image", *given)
             mean, top = align_candidates(
-                rows, others, mask, others_mask, where[exchange.own(side, where.shape[0])],
+                rows, others, mask, others_mask, where,
                 topk=self.topk, mode=mode, chunk_size=self.chunk_size,
             )  # fmt: skip
-            relevance = _relevance(mlp, top, mean)
-            return _Direction(exchange.gather_rows(side, mean.detach()), exchange.gather_rows(side, relevance))
+            return _Direction(mean.detach(), _relevance(mlp, top, mean))
 
         return (
-            align("image", images, image_mask, index.i2t, self.mlp_i2t),
-            align("text", texts, text_mask, index.t2i, self.mlp_t2i),
+            align("image", images, image_mask, i2t, self.mlp_i2t),
+            align("text", texts, text_mask, t2i, self.mlp_t2i),
         )
 
     def _within(self, cosine: Tensor, dtype: torch.dtype) -> Tensor:
@@ -332,6 +392,24 @@ class AssociationGraph(nn.Module):
 
 def _assemble(i2i: Tensor, i2t: Tensor, t2i: Tensor, t2t: Tensor) -> Tensor:
     return torch.cat([torch.cat([i2i, i2t], dim=1), torch.cat([t2i, t2t], dim=1)])
+
+
+def _allowed(excluded: Tensor | PairIds | None, index: Tensor, rows: slice) -> Tensor | None:
+    """(n, k) bool of the nodes ``index`` (n, k) that the ``rows``, those of the first side, may see."""
+    if excluded is None:
+        return None
+    if isinstance(excluded, PairIds):
+        return excluded.image[rows].unsqueeze(1) != excluded.text[index]
+    return ~excluded[rows].gather(1, index)
+
+
+def _turned(excluded: Tensor | PairIds | None) -> Tensor | PairIds | None:
+    """With the texts as the first side."""
+    return excluded.back() if isinstance(excluded, PairIds) else None if excluded is None else excluded.t()
+
+
+def _result_dtype(embedding: Tensor) -> torch.dtype:
+    return embedding.dtype if autocast_dtype(embedding.device) is None else compute_dtype(embedding.dtype)
 
 
 def _relevance_mlp(topk: int) -> nn.Sequential:

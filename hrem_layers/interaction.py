@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from hrem_layers._core.checks import check_bool, check_choice, check_int, check_number, check_same_device, check_tensor
+from hrem_layers._core.neighbors import NeighborBias
 from hrem_layers._core.numerics import l2_normalize, module_dtype
 from hrem_layers._core.transformer import LayerFactory, TransformerLayer, make_layers
-from hrem_layers.relations import BLOCKS, RelationBlock, RelationGraph, check_graph, text_count
+from hrem_layers.relations import BLOCKS, RelationBlock
+from hrem_layers.sparse import (
+    AnyGraph,
+    SparseRelationBlock,
+    SparseRelationGraph,
+    check_any_graph,
+    count_texts,
+    without_detours,
+)
 
 MECHANISMS = ("fusion", "standalone")
 _STEPS = ("i2t", "t2i", "i2i", "t2t")
@@ -32,6 +42,10 @@ class RelationInteraction(nn.Module):
     (in the release the softmax of nothing is NaN, and λ = 0 gives 0 · (−inf) = NaN). The standalone
     mechanism is described in the paper and missing from the release. How many images and texts there are, the
     graph says: N and M may differ.
+
+    On a :class:`SparseRelationGraph` each row attends to its own neighbours, which are gathered: the numbers of the
+    masked attention over its ``dense()``, in time and memory that grow as N·K instead of N². A ``layer`` of your own
+    gets the dense matrix.
 
     Args:
         embed_dim: D; a multiple of ``num_heads``.
@@ -97,13 +111,13 @@ class RelationInteraction(nn.Module):
             f"relation_weight={self.relation_weight}, residual={self.residual}"
         )
 
-    def forward(self, image_embedding: Tensor, text_embedding: Tensor, graph: RelationGraph) -> tuple[Tensor, Tensor]:
+    def forward(self, image_embedding: Tensor, text_embedding: Tensor, graph: AnyGraph) -> tuple[Tensor, Tensor]:
         """
         Args:
             image_embedding: (N, D), of any length: normalised here. Any of float16, bfloat16, float32 and float64,
                 whatever the dtype of the weights, which is what the layers compute in.
             text_embedding: (M, D) likewise.
-            graph: over their N + M nodes, images first.
+            graph: over their N + M nodes, images first, of either form.
 
         Returns:
             image_enhanced (N, D) and text_enhanced (M, D), not normalised, in the dtype of each embedding.
@@ -113,23 +127,35 @@ class RelationInteraction(nn.Module):
         """
         check_tensor("image_embedding", image_embedding, ("N", self.embed_dim))
         device = image_embedding.device
-        m = text_count(graph, image_embedding.shape[0])
+        m = count_texts(graph, image_embedding.shape[0])
         check_tensor("text_embedding", text_embedding, (m, self.embed_dim), device=device)
-        check_graph(graph, image_embedding.shape[0], text_embedding.shape[0], device)
+        graph = check_any_graph(graph, image_embedding.shape[0], text_embedding.shape[0], device)
         check_same_device("image_embedding", image_embedding, self)
 
+        if isinstance(graph, SparseRelationGraph) and not all(map(_takes_lists, self._all_layers())):
+            graph = graph.dense()
         dtype = module_dtype(self)
         images, texts = (l2_normalize(x) for x in (image_embedding, text_embedding))
+        shared = graph if isinstance(graph, SparseRelationGraph) and graph.exchange is not None else None
+        if shared is not None:
+            images, texts = shared.rows("i").own(images), shared.rows("t").own(texts)
         related = (self._fusion if self.mechanism == "fusion" else self._standalone)(
             images.to(dtype), texts.to(dtype), graph
         )
-        return self._result(images, related[0]), self._result(texts, related[1])
+        images, texts = self._result(images, related[0]), self._result(texts, related[1])
+        if shared is not None:
+            (images,), (texts,) = shared.rows("i").collect(images), shared.rows("t").collect(texts)
+        return images, texts
 
     def _result(self, plain: Tensor, related: Tensor) -> Tensor:
         related = related.to(plain.dtype)
         return plain + l2_normalize(related) if self.residual else related
 
-    def _fusion(self, images: Tensor, texts: Tensor, graph: RelationGraph) -> tuple[Tensor, Tensor]:
+    def _all_layers(self) -> Iterator[nn.Module]:
+        for layer in self.layers:
+            yield from layer.values() if self.mechanism == "standalone" else (layer,)  # type: ignore[operator]
+
+    def _fusion(self, images: Tensor, texts: Tensor, graph: AnyGraph) -> tuple[Tensor, Tensor]:
         nodes = torch.cat([images, texts])  # [n + m, d]
         bias = graph.attention_bias(self.relation_weight)  # [n + m, n + m]
         for layer in self.layers:
@@ -137,12 +163,12 @@ class RelationInteraction(nn.Module):
         n = images.shape[0]
         return nodes[:n], nodes[n:]
 
-    def _standalone(self, images: Tensor, texts: Tensor, graph: RelationGraph) -> tuple[Tensor, Tensor]:
-        blocks = {name: graph.block(name) for name in BLOCKS}
-        if graph.excluded is not None:
-            blocks["i2i"] = _without_detours(blocks["i2i"], blocks["i2t"], graph.excluded)
-            blocks["t2t"] = _without_detours(blocks["t2t"], blocks["t2i"], graph.excluded.t())
-        bias = {name: block.attention_bias(self.relation_weight) for name, block in blocks.items()}
+    def _standalone(self, images: Tensor, texts: Tensor, graph: AnyGraph) -> tuple[Tensor, Tensor]:
+        bias = {name: block.attention_bias(self.relation_weight) for name, block in _blocks(graph).items()}
+        if isinstance(graph, SparseRelationGraph) and graph.exchange is not None:
+            for name, here in bias.items():
+                assert isinstance(here, NeighborBias)
+                bias[name] = here._replace(rows=graph.rows(name[0]), nodes=graph.rows(name[2]))
         for steps in self.layers:
             assert isinstance(steps, nn.ModuleDict)
             images, texts = (
@@ -151,6 +177,37 @@ class RelationInteraction(nn.Module):
             )
             images, texts = steps["i2i"](images, bias["i2i"]), steps["t2t"](texts, bias["t2t"])
         return images, texts
+
+
+def _blocks(graph: AnyGraph) -> Mapping[str, RelationBlock | SparseRelationBlock]:
+    """The four blocks, those within a modality without what leads to excluded pairs over a third node."""
+    if isinstance(graph, SparseRelationGraph):
+        return _lists(graph)
+    blocks = {name: graph.block(name) for name in BLOCKS}
+    if graph.excluded is not None:
+        blocks["i2i"] = _without_detours(blocks["i2i"], blocks["i2t"], graph.excluded)
+        blocks["t2t"] = _without_detours(blocks["t2t"], blocks["t2i"], graph.excluded.t())
+    return blocks
+
+
+def _lists(graph: SparseRelationGraph) -> Mapping[str, SparseRelationBlock]:
+    lists = {name: graph.block(name) for name in BLOCKS}
+    if graph.excluded is None:
+        return lists
+    whole = graph.whole()  # a neighbour's own edges may be another process's
+    for within, across in (("i2i", "i2t"), ("t2t", "t2i")):
+        excluded, side = graph.excluded, within[0]
+        if side == "t":
+            excluded = excluded.t() if isinstance(excluded, Tensor) else excluded.back()
+        own = excluded if isinstance(excluded, Tensor) else excluded.image
+        own = graph.rows(side).own(own)
+        excluded = own if isinstance(excluded, Tensor) else excluded._replace(image=own)
+        lists[within] = without_detours(lists[within], whole.block(across), excluded)
+    return lists
+
+
+def _takes_lists(layer: nn.Module) -> bool:
+    return isinstance(layer, TransformerLayer) and type(layer).forward is TransformerLayer.forward
 
 
 def _without_detours(within: RelationBlock, across: RelationBlock, excluded: Tensor) -> RelationBlock:

@@ -8,28 +8,27 @@ from typing import Any, NamedTuple, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
-from hrem_layers._core.batch import Batch, check_batch, find_positives
+from hrem_layers._core.batch import Batch, check_batch
 from hrem_layers._core.checks import (
     check_bool,
     check_int,
     check_number,
     check_same_device,
     check_tensor,
-    describe,
     said,
 )
 from hrem_layers._core.exchange import ALONE, Exchange
-from hrem_layers._core.numerics import compute_dtype, cosine_matrix, l2_normalize
+from hrem_layers._core.numerics import compute_dtype, l2_normalize
 from hrem_layers._core.warmup import CallCounter, count_call, recomputing
 from hrem_layers.distributed import agree, gather_embeddings, is_distributed, one_random_stream
 from hrem_layers.graph import AssociationGraph
 from hrem_layers.interaction import RelationInteraction
 from hrem_layers.losses import TripletLoss
-from hrem_layers.relations import Cosines, RelationGraph, check_graph, pair_cosines
+from hrem_layers.pair_terms import PairLoss, Pairs
+from hrem_layers.relations import Cosines, pair_cosines
+from hrem_layers.sparse import AnyGraph, SparseRelationGraph, check_any_graph
 
 _Result = TypeVar("_Result")
-PairLoss = Callable[[Tensor, Tensor], Tensor]
-"""``(similarity (N, M), positives (N, M) bool) -> scalar``."""
 
 
 class HREMTerms(NamedTuple):
@@ -68,7 +67,7 @@ class Relations(NamedTuple):
         (torch.Size([4, 4]), torch.Size([4, 64]))
     """
 
-    graph: RelationGraph
+    graph: AnyGraph
     image_enhanced: Tensor
     """v̄ (N, D), L2-normalised."""
     text_enhanced: Tensor
@@ -91,13 +90,15 @@ class HREMLoss(nn.Module):
     Args:
         embed_dim: D.
         graph: module ``(image_embedding, text_embedding, image_fragments, text_fragments, image_mask, text_mask, *,
-            image_index, positives, cosines, exchange) -> RelationGraph`` (take ``**_`` for what it has no use for)
-            and, unless ``regularization_weight`` is 0, with a method ``regularization`` as that of
-            :class:`AssociationGraph`; None = ``AssociationGraph()``.
+            image_index, positives, cosines, exchange) -> RelationGraph`` or :class:`SparseRelationGraph` (take
+            ``**_`` for what it has no use for) and, unless ``regularization_weight`` is 0, with a method
+            ``regularization`` as that of :class:`AssociationGraph`; None = ``AssociationGraph()``.
         interaction: module ``(image_embedding, text_embedding, graph) -> (v̄, ū)``; None =
             ``RelationInteraction(embed_dim)``.
         pair_loss: callable ``(similarity, positives) -> scalar``, similarity (N, M) of cosines, positives
-            (N, M) bool; None = ``TripletLoss()``. A module's parameters are trained along.
+            (N, M) bool; None = ``TripletLoss()``. A module's parameters are trained along. Where the graph has
+            ``candidates``, a loss with a method ``from_embeddings`` gets the embeddings and streams: no term is then
+            as large as all pairs. Others get the whole matrices.
         enhanced_pair_loss: another for L(v̄, ū); None = ``pair_loss``.
         cross_pair_loss: another for L(v̄, u) and L(v, ū); None = ``pair_loss``.
         enhanced_weight: w_e, at least 0.
@@ -274,8 +275,10 @@ class HREMLoss(nn.Module):
         )  # fmt: skip
 
         def relate(whole: Batch, exchange: Exchange) -> Relations:
-            cosines = pair_cosines(whole.image_embedding, whole.text_embedding)
-            return self._relate(whole, self._positives(whole), cosines, exchange)
+            pairs = self._pairs(whole, exchange)
+            relations = self._relate(pairs, None if pairs.streamed else pair_cosines(*whole[:2]))
+            graph = relations.graph
+            return relations._replace(graph=graph.whole() if isinstance(graph, SparseRelationGraph) else graph)
 
         return self._over_all(batch, relate)
 
@@ -300,17 +303,25 @@ class HREMLoss(nn.Module):
         check_batch(batch, self.embed_dim, empty=empty)
         check_same_device("image_embedding", batch.image_embedding, self)
 
-    def _positives(self, batch: Batch) -> Tensor:
-        n, device = batch.image_embedding.shape[0], batch.image_embedding.device
-        return find_positives(n, batch.image_ids, batch.image_index, batch.positives, device)
+    def _pairs(self, batch: Batch, exchange: Exchange) -> Pairs:
+        uses_lists = getattr(self.graph, "uses_lists", None)
+        lists = callable(uses_lists) and bool(uses_lists(*(x.shape[0] for x in batch[:2])))
+        return Pairs(batch, lists, exchange)
 
-    def _relate(self, batch: Batch, positives: Tensor, cosines: Cosines, exchange: Exchange) -> Relations:
+    def _relate(self, pairs: Pairs, cosines: Cosines | None) -> Relations:
+        batch = pairs.batch
         v, u = batch.image_embedding, batch.text_embedding
+        if not pairs.streamed:
+            together = {"positives": pairs.matrix(), "cosines": cosines}
+        else:  # such matrices are as large as what the lists are there to avoid
+            together = {"positives": batch.positives}
+            if batch.image_ids is not None:
+                together["image_ids"] = batch.image_ids
         graph = self.graph(
             v, u, batch.image_fragments, batch.text_fragments, batch.image_mask, batch.text_mask,
-            image_index=batch.image_index, positives=positives, cosines=cosines, exchange=exchange,
+            image_index=batch.image_index, exchange=pairs.exchange, **together,
         )  # fmt: skip
-        check_graph(graph, v.shape[0], u.shape[0], v.device)
+        check_any_graph(graph, v.shape[0], u.shape[0], v.device)
         enhanced = self.interaction(v, u, graph)
         if not isinstance(enhanced, tuple) or len(enhanced) != 2:
             raise TypeError(f"interaction must return (image_enhanced, text_enhanced), got {said(enhanced)}")
@@ -323,13 +334,13 @@ class HREMLoss(nn.Module):
         if recomputing():  # activation checkpointing: what the call before it did
             warming = self.training and self._counter.calls - 1 < self._counter.limit
         relational = bool(self.enhanced_weight or self.cross_weight or self.regularization_weight)
-        terms = self._base_terms(batch) if warming or not relational else self._all_terms(batch, exchange)
+        terms = self._base_terms(batch, exchange) if warming or not relational else self._all_terms(batch, exchange)
         if self.training and not recomputing():
             count_call(self.step, self._counter.key)
         return terms
 
-    def _base_terms(self, batch: Batch) -> HREMTerms:
-        base = _pair("pair_loss", self.pair_loss, cosine_matrix(*batch[:2]), self._positives(batch))
+    def _base_terms(self, batch: Batch, exchange: Exchange) -> HREMTerms:
+        base = self._pairs(batch, exchange).loss("pair_loss", self.pair_loss, *batch[:2])
         total = base
         if (self.gather_distributed or is_distributed()) and torch.is_grad_enabled():
             # DistributedDataParallel waits for the gradient of every parameter: zeros, whatever the parameters hold;
@@ -341,18 +352,19 @@ class HREMLoss(nn.Module):
 
     def _all_terms(self, batch: Batch, exchange: Exchange) -> HREMTerms:
         v, u = batch.image_embedding, batch.text_embedding
-        positives = self._positives(batch)
-        cosines = pair_cosines(v, u)
-        base = _pair("pair_loss", self.pair_loss, cosines.across.to(v.dtype), positives)
-        graph, v_enhanced, u_enhanced = self._relate(batch, positives, cosines, exchange)
+        pairs = self._pairs(batch, exchange)
+        cosines = None if pairs.streamed else pair_cosines(v, u)
+        similarity = None if cosines is None else cosines.across.to(v.dtype)
+        base = pairs.loss("pair_loss", self.pair_loss, v, u, similarity)
+        graph, v_enhanced, u_enhanced = self._relate(pairs, cosines)
         enhanced = cross_image = cross_text = regularization = torch.zeros_like(base)
         if self.enhanced_weight:
             pair_loss = self.pair_loss if self.enhanced_pair_loss is None else self.enhanced_pair_loss
-            enhanced = _pair("enhanced_pair_loss", pair_loss, cosine_matrix(v_enhanced, u_enhanced), positives)
+            enhanced = pairs.loss("enhanced_pair_loss", pair_loss, v_enhanced, u_enhanced)
         if self.cross_weight:
             pair_loss = self.pair_loss if self.cross_pair_loss is None else self.cross_pair_loss
-            cross_image = _pair("cross_pair_loss", pair_loss, cosine_matrix(v_enhanced, u), positives)
-            cross_text = _pair("cross_pair_loss", pair_loss, cosine_matrix(v, u_enhanced), positives)
+            cross_image = pairs.loss("cross_pair_loss", pair_loss, v_enhanced, u)
+            cross_text = pairs.loss("cross_pair_loss", pair_loss, v, u_enhanced)
         if self.regularization_weight:
             regularize = cast(Callable[..., Tensor], self.graph.regularization)
             regularization = regularize(graph, v, u, cosines=cosines)
@@ -380,14 +392,6 @@ def _normalized(batch: Batch) -> Batch:
     dtype = torch.promote_types(*(compute_dtype(x.dtype) for x in batch[:2]))
     v, u = (l2_normalize(x.to(dtype)) for x in batch[:2])
     return Batch(v, u, *batch[2:])  # dynamo of torch 2.5 knows no _replace
-
-
-def _pair(name: str, pair_loss: PairLoss, similarity: Tensor, positives: Tensor) -> Tensor:
-    loss = pair_loss(similarity, positives)
-    if not isinstance(loss, Tensor) or loss.dim() or not loss.dtype.is_floating_point:
-        got = describe(loss) if isinstance(loss, Tensor) else said(loss)
-        raise TypeError(f"{name} must return a scalar tensor, got {got}")
-    return loss
 
 
 def _count_from_state(module: HREMLoss, _incompatible: object) -> None:

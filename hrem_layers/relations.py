@@ -20,7 +20,8 @@ from hrem_layers._core.checks import (
     check_tensor,
     said,
 )
-from hrem_layers._core.numerics import autocast_off, compute_dtype, l2_normalize, tie_tolerance
+from hrem_layers._core.numerics import autocast_off, compute_dtype, tie_tolerance
+from hrem_layers.neighbors import exact_units
 
 BLOCKS = ("i2i", "i2t", "t2i", "t2t")
 
@@ -93,6 +94,10 @@ class RelationGraph(NamedTuple):
         rows, columns = (slice(None, n) if side == "i" else slice(n, None) for side in (name[0], name[2]))
         return RelationBlock(self.connection[rows, columns], self.relevance[rows, columns])
 
+    def dense(self) -> RelationGraph:
+        """Itself, as :meth:`hrem_layers.SparseRelationGraph.dense` gives this form of the other."""
+        return self
+
     def attention_bias(self, relation_weight: float) -> Tensor:
         """``relation_weight · S`` on edges, −inf elsewhere; weight 0 gives 0 on edges. Shape and dtype of S."""
         return _attention_bias(self.connection, self.relevance, relation_weight)
@@ -121,13 +126,6 @@ def check_graph(graph: object, n: int, m: int, device: torch.device) -> Relation
     return graph
 
 
-def text_count(graph: object, n: int) -> int | str:
-    """How many texts go with ``n`` images in this graph: as many, or what the graph says ("M" if it says nothing)."""
-    if not isinstance(graph, RelationGraph) or graph.num_images is None:
-        return n
-    return graph.connection.shape[0] - graph.num_images if isinstance(graph.connection, Tensor) else "M"
-
-
 class Cosines(NamedTuple):
     """Of every two samples, in float64 where the device has it: near 1 a distance needs what float32 rounds away.
 
@@ -152,9 +150,8 @@ def pair_cosines(image_embedding: Tensor, text_embedding: Tensor) -> Cosines:
         >>> pair_cosines(torch.tensor([[3.0, 0.0]]), torch.tensor([[0.0, 2.0], [1.0, 0.0]])).across
         tensor([[0., 1.]], dtype=torch.float64)
     """
-    exact = torch.float32 if image_embedding.device.type == "mps" else torch.float64
     with autocast_off(image_embedding.device):
-        x, y = (l2_normalize(e.to(exact)) for e in (image_embedding, text_embedding))
+        x, y = exact_units(image_embedding), exact_units(text_embedding)
         return Cosines(x @ x.t(), y @ y.t(), x @ y.t())
 
 
@@ -194,27 +191,10 @@ def nearest(similarity: Tensor, k: int, *, scale: float | None = 1.0, allowed: T
         return edges if allowed is None else edges & allowed
 
 
-def nearest_candidates(across: Tensor, k: int) -> Candidates:
-    """Per image the ``k`` texts, per text the ``k`` images of largest cosine ``across`` (N, M); no gradient.
-
-    Of candidates that tie with the k-th exactly those are taken that make k.
-    """
-    n, m = across.shape
-    across = across.detach()
-    return Candidates(
-        across.topk(min(k, m), dim=1).indices,
-        across.t().topk(min(k, n), dim=1).indices,
-    )
-
-
-def scatter_rows(values: Tensor, index: Tensor, columns: int) -> Tensor:
-    """``values`` (N, k) at the columns ``index`` (N, k) of an (N, columns) matrix of zeros (False)."""
-    return values.new_zeros(values.shape[0], columns).scatter(1, index, values)
-
-
-def row_divergence(logits: Tensor, guide: Tensor) -> Tensor:
-    """KL(softmax(logits) ‖ softmax(guide)) of each row, the mean over rows: (N, M) each -> a scalar."""
-    return F.kl_div(guide.log_softmax(dim=1), logits.log_softmax(dim=1), reduction="batchmean", log_target=True)
+def row_divergence(logits: Tensor, guide: Tensor, *, rows: int | None = None) -> Tensor:
+    """KL(softmax(logits) ‖ softmax(guide)) of each row, (N, M) each; a scalar, their sum by ``rows`` (None = N)."""
+    divergence = F.kl_div(guide.log_softmax(dim=1), logits.log_softmax(dim=1), reduction="sum", log_target=True)
+    return divergence / (logits.shape[0] if rows is None else rows)
 
 
 def guide_divergence(

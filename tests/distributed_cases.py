@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 import hrem_layers.distributed
 import hrem_layers.graph
+import hrem_layers.loss
 from hrem_layers import ALONE, AssociationGraph, HREMLoss, InfoNCELoss, RelationInteraction, TripletLoss
 from hrem_layers._core.masked import masked_mean
 from hrem_layers.tools.gradient_cache import gradient_cached_backward
@@ -48,7 +49,7 @@ class Model(nn.Module):
         *,
         gather: bool,
         mechanism: str = "fusion",
-        pair_loss: str = "hardest",
+        pair_loss: str | Callable[[Tensor, Tensor], Tensor] = "hardest",
         dropout: float = 0.0,
         warmup_steps: int = 0,
         graph: type[AssociationGraph] = AssociationGraph,
@@ -57,12 +58,15 @@ class Model(nn.Module):
         super().__init__()
         torch.manual_seed(11)
         self.images, self.texts = nn.Linear(RAW, EMBED), nn.Linear(RAW, EMBED)
-        pair = InfoNCELoss(learnable=True) if pair_loss == "infonce" else TripletLoss(negative_sampling=pair_loss)
+        if isinstance(pair_loss, str):
+            pair_loss = (
+                InfoNCELoss(learnable=True) if pair_loss == "infonce" else TripletLoss(negative_sampling=pair_loss)
+            )
         self.loss = HREMLoss(
             EMBED,
             graph=graph(topk=3, **graph_options),
             interaction=RelationInteraction(EMBED, mechanism=mechanism, num_heads=2, dropout=dropout),
-            pair_loss=pair,
+            pair_loss=pair_loss,
             warmup_steps=warmup_steps,
             gather_distributed=gather,
         )
@@ -208,6 +212,72 @@ def equal_with_candidates(rank: int, world: int) -> None:
     check_equal(rank, ragged(world), candidates=100, detach_fragments=False)
 
 
+for _mechanism in ("fusion", "standalone"):
+    for _pair in ("hardest", "distance_weighted", "infonce"):
+
+        def _lists(rank: int, world: int, m: str = _mechanism, p: str = _pair) -> None:
+            check_equal(
+                rank, ragged(world), mechanism=m, pair_loss=p, candidates=2, detach_fragments=p != "infonce",
+                dropout=0.3 if p == "distance_weighted" else 0.0, exclude_positives=p == "hardest",
+            )  # fmt: skip
+
+        _lists.__name__ = f"equal_on_lists_{_mechanism}_{_pair}"
+        case(_lists)
+
+
+@case
+def equal_on_lists_with_an_empty_rank(rank: int, world: int) -> None:
+    parts = ragged(world)
+    parts[-1] = tuple(None if x is None else x[:0] for x in parts[-1])
+    check_equal(rank, parts, detach_fragments=False, candidates=2)
+    check_equal(rank, parts, candidates=2, mechanism="standalone", warmup_steps=0)
+
+
+@case
+def equal_on_lists_where_the_pair_loss_needs_the_whole_similarity(rank: int, world: int) -> None:
+    def hinge(similarity: Tensor, positives: Tensor) -> Tensor:
+        return (0.2 + similarity - similarity.diagonal().unsqueeze(1)).masked_fill(positives, 0).clamp(min=0).sum()
+
+    check_equal(rank, ragged(world), candidates=2, pair_loss=hinge)
+
+
+@case
+def equal_relations_on_lists(rank: int, world: int) -> None:
+    parts = ragged(world)
+    for mechanism in ("fusion", "standalone"):
+        options = {"candidates": 2, "mechanism": mechanism}
+        expected, model = Model(gather=False, **options).eval(), Model(gather=True, **options).eval()
+        with torch.no_grad():
+            got = model.loss.relate(*model.embed(*parts[rank]))
+            want = expected.loss.relate(*expected.embed(*whole(parts)))
+            terms = model.loss.terms(*model.embed(*parts[rank]))
+            for x, y in zip(terms, expected.loss.terms(*expected.embed(*whole(parts))), strict=True):
+                torch.testing.assert_close(x, y)
+        for x, y in zip(got[1:], want[1:], strict=True):
+            torch.testing.assert_close(x, y)
+        assert got.graph.exchange is None
+        for x, y in zip(got.graph[:3], want.graph[:3], strict=True):
+            torch.testing.assert_close(x, y)
+
+
+@case
+def lists_are_those_of_the_own_rows(rank: int, world: int) -> None:
+    """Nothing but what is sent is as long as the batch of all: neighbours, attention, anchors."""
+    parts = ragged(world)
+    own, everyone = parts[rank][0].shape[0], sum(part[0].shape[0] for part in parts)
+    model = Model(gather=True, candidates=2)
+    layer = model.loss.interaction.layers[0]
+    with (
+        recorded(hrem_layers.graph, "nearest_rows") as found,
+        recorded(layer.linear1, "forward") as fed,
+        recorded(hrem_layers.loss.TripletLoss, "from_embeddings") as streamed,
+    ):
+        model(*parts[rank])
+    assert [(len(x), len(y)) for x, y, *_ in found] == [(own, everyone)] * 4
+    assert [len(x) for x, *_ in fed] == [2 * own]
+    assert len(streamed) == 4
+
+
 @case
 def equal_during_warmup_and_after(rank: int, world: int) -> None:
     parts = even(world)
@@ -217,6 +287,8 @@ def equal_during_warmup_and_after(rank: int, world: int) -> None:
         torch.testing.assert_close(got, want)
     assert losses[1][0] > 2 * losses[0][0]
     assert model.loss.step.item() == 2
+    on_lists = Model(gather=True, warmup_steps=1, candidates=2)
+    torch.testing.assert_close(on_lists(*parts[rank]), losses[0][0])
 
 
 class Encoder(nn.Module):
@@ -404,6 +476,7 @@ REFUSED = {
     "integer_fragments": ("text_fragments must be a floating-point", 3, lambda x: x.long()),
     "mask_of_the_wrong_shape": ("text_mask must have shape", 5, lambda x: torch.ones(1, 1, dtype=torch.bool)),
     "mask_of_numbers": ("image_mask must be a bool tensor", 4, torch.Tensor.double),
+    "embeddings_detached_on_one_rank": ("image_embedding must require gradients on all", 0, lambda x: x.detach()),
     "gradients_on_one_rank": ("image_fragments must require gradients on all", 2, lambda x: x.detach()),
 }  # fmt: skip
 for _name, (_message, _place, _make) in REFUSED.items():

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.autograd import gradcheck
 
-from hrem_layers import AssociationGraph, HREMLoss, align_fragments
+from hrem_layers import AssociationGraph, HREMLoss, SparseRelationGraph, align_fragments
 from hrem_layers.alignment.candidates import align_candidates
 from hrem_layers.relations import nearest
 
@@ -122,10 +122,16 @@ def test_graph_is_the_dense_one_at_the_candidates(seed: int, n: int, k: int, rat
     sparse = AssociationGraph(candidates=k, **options).double()
     dense = AssociationGraph(**options).double()
     dense.load_state_dict(sparse.state_dict())
-    got, expected = sparse(**b), dense(**b)
-    for name in ("i2i", "t2t"):
-        assert torch.equal(got.block(name).connection, expected.block(name).connection)
-        assert torch.equal(got.block(name).relevance, expected.block(name).relevance)
+    given_graph, expected = sparse(**b), dense(**b)
+    assert isinstance(given_graph, SparseRelationGraph) == (k < n)
+    got = given_graph.dense()
+    for name, x in (("i2i", b["image_embedding"]), ("t2t", b["text_embedding"])):
+        block = got.block(name)
+        within = torch.nn.functional.cosine_similarity(x.unsqueeze(1), x.unsqueeze(0), dim=2)
+        edges = nearest(within, max(1, int(n * ratio)) if k >= n else min(k, max(1, int(n * ratio))))
+        assert torch.equal(block.connection, edges)
+        want = expected.block(name).relevance
+        torch.testing.assert_close(block.relevance[edges], want[edges], rtol=1e-12, atol=1e-12)
     cosine = torch.nn.functional.cosine_similarity(
         b["image_embedding"].unsqueeze(1), b["text_embedding"].unsqueeze(0), dim=2
     )
@@ -148,7 +154,8 @@ def test_regularizer_compares_the_candidates(seed: int, n: int, k: int) -> None:
     b = batch(seed, n, 4, 3, 6)
     torch.manual_seed(seed)
     module = AssociationGraph(topk=3, candidates=k).double()
-    graph = module(**b)
+    given = module(**b)
+    graph = given.dense()
     v, u = (torch.nn.functional.normalize(b[name], dim=1) for name in ("image_embedding", "text_embedding"))
     guide = torch.exp(-torch.cdist(v, u))
     total = 0.0
@@ -158,7 +165,7 @@ def test_regularizer_compares_the_candidates(seed: int, n: int, k: int) -> None:
             chosen = similarity[row].topk(min(k, n)).indices
             p, q = (x[row, chosen].softmax(0) for x in (graph.block(name).relevance, g))
             total += (p * (p / q).log()).sum() / n
-    value = module.regularization(graph, b["image_embedding"], b["text_embedding"])
+    value = module.regularization(given, b["image_embedding"], b["text_embedding"])
     torch.testing.assert_close(value, total, rtol=1e-9, atol=1e-12)
     assert torch.isfinite(value)
 
@@ -281,6 +288,20 @@ def test_working_memory_is_that_of_a_chunk() -> None:
         candidates._align_backward_op._init_fn(*inputs, *grads, "scan", topk, 8)
     assert largest == max(8 * m * d, n * k * topk, x.numel())
     assert n * k * m * d > 20 * largest
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_fragments_without_gradient_are_prepared_in_chunks(mode: str, monkeypatch) -> None:
+    from hrem_layers.alignment import candidates
+
+    b = batch(4, 6, 3, 4, 5)
+    b["image_fragments"].data[2, 0, 0] = torch.inf
+    index = torch.randint(6, (6, 2))
+    detached = {name: x.detach() if x is not None else None for name, x in b.items()}
+    whole = candidate_pairs(detached, index, index, mode=mode)
+    monkeypatch.setattr(candidates, "_CPU_CHUNK", 1)
+    for x, y in zip(candidate_pairs(detached, index, index, mode=mode), whole, strict=True):
+        torch.testing.assert_close(x, y, rtol=0, atol=1e-12, equal_nan=True)
 
 
 def test_compiles_as_one_graph() -> None:

@@ -417,14 +417,14 @@ def test_exclude_positives(candidates, ratio):
     positives = ids.unsqueeze(1) == ids
     graph = graph_module(exclude_positives=True, neighbor_ratio=ratio, candidates=candidates)(
         **inputs, positives=positives
-    )
+    ).dense()
     assert not graph.block("i2t").connection[positives].any()
     assert not graph.block("t2i").connection[positives.t()].any()
     if candidates is None:
         least = min(max(1, int(6 * ratio)), 4)
         assert (graph.block("i2t").connection.sum(dim=1) >= least).all()
     assert torch.equal(graph.excluded, positives)
-    open_graph = graph_module(neighbor_ratio=ratio, candidates=candidates)(**inputs)
+    open_graph = graph_module(neighbor_ratio=ratio, candidates=candidates)(**inputs).dense()
     assert torch.equal(graph.block("i2i").connection, open_graph.block("i2i").connection)
     assert torch.equal(graph.relevance, open_graph.relevance)
 
@@ -461,8 +461,9 @@ def test_several_texts_per_image(candidates):
     wide = {name: x.detach() for name, x in graph_inputs(n=6, dtype=DOUBLE).items()}
     once = {name: x[:3] if name.startswith("image") else x for name, x in wide.items()}
     module = graph_module(candidates=candidates, neighbor_ratio=1.0)
-    graph = module(**once, image_index=index)
-    assert graph.num_images == 3
+    given = module(**once, image_index=index)
+    graph = given.dense()
+    assert given.num_images == graph.num_images == 3
     assert graph.connection.shape == graph.relevance.shape == (9, 9)
     repeated = {name: x[index] if name.startswith("image") else x for name, x in once.items()}
     expected = graph_module(neighbor_ratio=1.0)(**repeated)
@@ -473,8 +474,8 @@ def test_several_texts_per_image(candidates):
         on_edges = block.connection
         assert_near(block.relevance[on_edges], want.relevance[rows][:, columns][on_edges], 1e-12, name)
         assert on_edges.all() or candidates in (2, 4)
-    value = module.regularization(graph, once["image_embedding"], once["text_embedding"])
-    assert torch.isfinite(value)
+    value = module.regularization(given, once["image_embedding"], once["text_embedding"])
+    assert_near(value, module.regularization(graph, once["image_embedding"], once["text_embedding"]), 1e-12)
     assert value > 0
 
 

@@ -10,6 +10,23 @@ from torch import Tensor
 from hrem_layers._core.checks import check_bool_tensor, check_index_tensor, check_tensor, describe
 
 
+class PairIds(NamedTuple):
+    """Which pairs belong together, as ids of both sides: equal ids do."""
+
+    image: Tensor
+    """(N,) integer."""
+    text: Tensor
+    """(M,) integer."""
+
+    def back(self) -> PairIds:
+        """The other way round."""
+        return PairIds(self.text, self.image)
+
+    def matrix(self) -> Tensor:
+        """(N, M) bool."""
+        return self.image.unsqueeze(1) == self.text.unsqueeze(0)
+
+
 class Batch(NamedTuple):
     """N images and M texts; the fields are the arguments of :class:`hrem_layers.HREMLoss`."""
 
@@ -31,13 +48,8 @@ def check_batch(batch: Batch, embed_dim: int, *, empty: bool) -> None:
     device = batch.image_embedding.device
     check_fragments("image", batch.image_fragments, batch.image_mask, n, "F", device)
     check_fragments("text", batch.text_fragments, batch.text_mask, m, batch.image_fragments.shape[2], device)
-    if batch.image_ids is not None:
-        if isinstance(batch.image_ids, Tensor) and batch.image_ids.dtype == torch.bool and batch.image_ids.dim() == 2:
-            raise TypeError("image_ids must be an integer tensor; give an (N, M) bool matrix of positives as positives")
-        check_index_tensor("image_ids", batch.image_ids, (n,), device=device)
     check_positives(batch.positives, n, m, device)
-    if batch.positives is not None and batch.image_ids is not None:
-        raise ValueError("positives and image_ids both say which pairs belong together: give one of them")
+    check_image_ids(batch.image_ids, n, batch.positives, device)
 
 
 def check_embeddings(
@@ -79,17 +91,29 @@ def check_fragments(
         check_bool_tensor(f"{side}_mask", mask, tuple(fragments.shape[:2]), device=device)
 
 
+def check_image_ids(image_ids: Tensor | None, n: int, positives: Tensor | None, device: torch.device) -> None:
+    if image_ids is None:
+        return
+    if isinstance(image_ids, Tensor) and image_ids.dtype == torch.bool and image_ids.dim() == 2:
+        raise TypeError("image_ids must be an integer tensor; give an (N, M) bool matrix of positives as positives")
+    check_index_tensor("image_ids", image_ids, (n,), device=device)
+    if positives is not None:
+        raise ValueError("positives and image_ids both say which pairs belong together: give one of them")
+
+
 def check_positives(positives: Tensor | None, n: int, m: int, device: torch.device) -> None:
     if positives is not None:
         check_bool_tensor("positives", positives, (n, m), device=device, meaning="the pair belongs together")
+
+
+def pair_ids(n: int, image_ids: Tensor | None, image_index: Tensor | None, device: torch.device) -> PairIds:
+    """The given ids; without any every row is an image of its own. A text has the id of the image that it describes."""
+    ids = torch.arange(n, device=device) if image_ids is None else image_ids
+    return PairIds(ids, ids if image_index is None else ids[image_index])
 
 
 def find_positives(
     n: int, image_ids: Tensor | None, image_index: Tensor | None, positives: Tensor | None, device: torch.device
 ) -> Tensor:
     """(N, M) bool: the given matrix, else equal ids after indexing; without ids every row is an image of its own."""
-    if positives is not None:
-        return positives
-    ids = torch.arange(n, device=device) if image_ids is None else image_ids
-    text_ids = ids if image_index is None else ids[image_index]
-    return ids.unsqueeze(1) == text_ids.unsqueeze(0)
+    return pair_ids(n, image_ids, image_index, device).matrix() if positives is None else positives

@@ -6,8 +6,9 @@ whatever else it needs, and never learns how many processes there are.
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 
 
@@ -37,6 +38,22 @@ class Exchange(Protocol):
         """Results (n, ...) for this process's rows -> (N, ...) for all, for work that all processes repeat."""
         ...
 
+    def gather_shared_rows(self, side: str, x: Tensor) -> Tensor:
+        """The same for work that differs between processes: backward adds up what each of them makes of a row."""
+        ...
+
+    def share_rows(self, side: str, x: Tensor) -> Tensor:
+        """(N, ...) that all processes have alike, for work that differs between them: backward adds up."""
+        ...
+
+    def own_rows(self, side: str, x: Tensor) -> Tensor:
+        """This process's rows (n, ...) of ``x`` (N, ...), which all have alike, for work that differs."""
+        ...
+
+    def add_up(self, x: Tensor) -> Tensor:
+        """The sum over the processes of a scalar that each has a part of."""
+        ...
+
     def gather_pairs(self, i2t: Tensor, t2i: Tensor) -> tuple[Tensor, Tensor]:
         """Results for all pairs with this process's items of the side that stays -> those for all pairs.
 
@@ -64,6 +81,18 @@ class Alone:
     def gather_rows(self, side: str, x: Tensor) -> Tensor:
         return x
 
+    def gather_shared_rows(self, side: str, x: Tensor) -> Tensor:
+        return x
+
+    def share_rows(self, side: str, x: Tensor) -> Tensor:
+        return x
+
+    def own_rows(self, side: str, x: Tensor) -> Tensor:
+        return x
+
+    def add_up(self, x: Tensor) -> Tensor:
+        return x
+
     def gather_pairs(self, i2t: Tensor, t2i: Tensor) -> tuple[Tensor, Tensor]:
         return i2t, t2i
 
@@ -72,3 +101,55 @@ class Alone:
 
 
 ALONE: Exchange = Alone()
+
+
+class Rows(NamedTuple):
+    """Rows that lie over the processes, images before texts: of a graph over both, or of one modality."""
+
+    exchange: Exchange
+    totals: tuple[tuple[str, int], ...]
+    """``(side, rows of all processes)``."""
+
+    @property
+    def total(self) -> int:
+        """Rows of all processes."""
+        return sum(total for _, total in self.totals)
+
+    @property
+    def here(self) -> int:
+        """This process's."""
+        return sum(self._counts())
+
+    def own(self, x: Tensor) -> Tensor:
+        """This process's of ``x`` (all rows, ...), which every process has, for work that differs."""
+        parts = x.split([total for _, total in self.totals])
+        return _join([self.exchange.own_rows(side, part) for (side, _), part in zip(self.totals, parts, strict=True)])
+
+    def gather(self, x: Tensor) -> Tensor:
+        """``x`` (own rows, ...) -> those of all, for work that differs."""
+        parts = x.split(self._counts())
+        return _join(
+            [self.exchange.gather_shared_rows(side, part) for (side, _), part in zip(self.totals, parts, strict=True)]
+        )
+
+    def collect(self, x: Tensor) -> list[Tensor]:
+        """``x`` (own rows, ...) -> those of all, a tensor for each side, for work that all repeat."""
+        parts = x.split(self._counts())
+        return [self.exchange.gather_rows(side, part) for (side, _), part in zip(self.totals, parts, strict=True)]
+
+    def keep(self, x: Tensor, probability: float) -> Tensor:
+        """Like ``x`` (own rows, ...), True with this probability. Every process draws for all rows, so that it draws
+        what one process would, and as many numbers as the others."""
+        drawn = torch.empty(self.total, *x.shape[1:], dtype=torch.bool, device=x.device)
+        parts = drawn.bernoulli_(probability).split([total for _, total in self.totals])
+        return _join(
+            [part[self.exchange.own(side, total)] for (side, total), part in zip(self.totals, parts, strict=True)]
+        )
+
+    def _counts(self) -> list[int]:
+        owned = (self.exchange.own(side, total) for side, total in self.totals)
+        return [rows.stop - rows.start for rows in owned]
+
+
+def _join(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from hrem_layers._core.attention import attend
 from hrem_layers._core.checks import check_bool, check_choice, check_int, check_number, said
+from hrem_layers._core.neighbors import NeighborBias, attend_neighbors, drop_rows
 
 
 class BiasedAttention(nn.Module):
@@ -52,10 +53,12 @@ class BiasedAttention(nn.Module):
     def extra_repr(self) -> str:
         return f"{self.embed_dim}, num_heads={self.num_heads}, dropout={self.dropout}"
 
-    def forward(self, query: Tensor, context: Tensor, bias: Tensor | None) -> Tensor:
+    def forward(self, query: Tensor, context: Tensor, bias: Tensor | NeighborBias | None) -> Tensor:
         """``query`` (..., n, D) looks at ``context`` (..., m, D) under ``bias`` (..., n, m) -> (..., n, D).
 
-        ``query is context`` is self-attention. ``bias`` broadcasts over leading dimensions.
+        ``query is context`` is self-attention. ``bias`` broadcasts over leading dimensions. A bias on neighbour lists
+        goes with a query (n, D) and a context (m, D): the same numbers as with the matrix that is −inf elsewhere.
+        (Over several processes both are this one's own rows, and keys and values come from all.)
         """
         d = self.embed_dim
         if query is context:
@@ -63,15 +66,27 @@ class BiasedAttention(nn.Module):
         else:
             q = F.linear(query, self.in_proj_weight[:d], self.in_proj_bias[:d])
             k, v = F.linear(context, self.in_proj_weight[d:], self.in_proj_bias[d:]).chunk(2, dim=-1)
+        dropout = self.dropout if self.training else 0.0
+        if isinstance(bias, NeighborBias):
+            k, v = bias.nodes.gather(torch.cat([k, v], dim=1)).chunk(2, dim=1)
+            q, k, v = (rearrange(x, "n (h d) -> n h d", h=self.num_heads) for x in (q, k, v))
+            connected = _reachable(bias.bias)
+            out = attend_neighbors(q, k, v, bias.index, torch.where(connected, bias.bias, 0), bias.rows, dropout)
+            return torch.where(connected, self.out_proj(rearrange(out, "n h d -> n (h d)")), 0)
         q, k, v = (rearrange(x, "... n (h d) -> ... h n d", h=self.num_heads) for x in (q, k, v))
         reachable = None
         if bias is not None:
-            reachable = ~(bias == -torch.inf).all(dim=-1, keepdim=True)  # [..., n, 1]; NaN is not -inf: it goes on
+            reachable = _reachable(bias)
             # a row of -inf alone has no softmax: let it look anywhere, its result is dropped below
             bias = torch.where(reachable, bias, 0).to(q.dtype).unsqueeze(-3)  # [..., 1, n, m]
-        out = attend(q, k, v, bias, self.dropout if self.training else 0.0)  # [..., h, n, d]
+        out = attend(q, k, v, bias, dropout)  # [..., h, n, d]
         out = self.out_proj(rearrange(out, "... h n d -> ... n (h d)"))
         return out if reachable is None else torch.where(reachable, out, 0)
+
+
+def _reachable(bias: Tensor) -> Tensor:
+    """(..., n, 1): rows that are not −inf throughout; NaN is not −inf, it goes on."""
+    return ~(bias == -torch.inf).all(dim=-1, keepdim=True)
 
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "gelu": F.gelu}
@@ -119,28 +134,36 @@ class TransformerLayer(nn.Module):
         self.norm2 = nn.LayerNorm(embed_dim)
         self.dropout = nn.Dropout(self.self_attn.dropout)
 
-    def forward(self, x: Tensor, bias: Tensor | None = None, context: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, bias: Tensor | NeighborBias | None = None, context: Tensor | None = None) -> Tensor:
         """
         Args:
             x: (..., n, D), what is changed.
-            bias: (..., n, m), added to the attention's scores; −inf removes a key. None = none.
+            bias: (..., n, m), added to the attention's scores; −inf removes a key. None = none. Or what
+                ``attention_bias`` of a :class:`hrem_layers.SparseRelationGraph` gives, with ``x`` (n, D).
             context: (..., m, D), what ``x`` looks at; None = ``x``. With ``norm_first`` it goes through ``norm1`` too.
 
         Returns:
             (..., n, D).
         """
+        drop = self._dropout(bias)
         if self.norm_first:
             inner = self.norm1(x)
-            x = x + self.dropout(self.self_attn(inner, inner if context is None else self.norm1(context), bias))
-            out: Tensor = x + self.dropout(self._feed(self.norm2(x)))
+            x = x + drop(self.self_attn(inner, inner if context is None else self.norm1(context), bias))
+            out: Tensor = x + drop(self._feed(self.norm2(x), drop))
             return out
         attended = self.self_attn(x, x if context is None else context, bias)
-        x = self.norm1(x + self.dropout(attended))
-        out = self.norm2(x + self.dropout(self._feed(x)))
+        x = self.norm1(x + drop(attended))
+        out = self.norm2(x + drop(self._feed(x, drop)))
         return out
 
-    def _feed(self, x: Tensor) -> Tensor:
-        out: Tensor = self.linear2(self.dropout(ACTIVATIONS[self.activation](self.linear1(x))))
+    def _dropout(self, bias: Tensor | NeighborBias | None) -> Callable[[Tensor], Tensor]:
+        if not isinstance(bias, NeighborBias):
+            return self.dropout
+        p = self.dropout.p if self.training else 0.0
+        return lambda x: drop_rows(x, bias.rows, p) if p else x
+
+    def _feed(self, x: Tensor, drop: Callable[[Tensor], Tensor]) -> Tensor:
+        out: Tensor = self.linear2(drop(ACTIVATIONS[self.activation](self.linear1(x))))
         return out
 
 

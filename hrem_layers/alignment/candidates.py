@@ -98,21 +98,32 @@ def align_candidates(
     # a product in a half type would be rounded to it, so that autocast must ask for one
     dtype, rounded = product_dtype(receiving, giving)
     wide = compute_dtype(torch.promote_types(receiving.dtype, giving.dtype))
-    x, y = zero_padding(receiving, receiving_mask).to(wide), zero_padding(giving, giving_mask).to(wide)
-    if mode == "dot":  # a product of −inf would hide behind the other maxima
-        x, y = (z.masked_fill(row_lengths(z.detach()).isnan(), torch.nan) for z in (x, y))
-    else:
-        x, y = l2_normalize(x), l2_normalize(y)
     dtype = dtype if rounded else wide
-    x, y = x.to(dtype), y.to(dtype)
+    x, y = _prepare(receiving, receiving_mask, mode, wide, dtype), _prepare(giving, giving_mask, mode, wide, dtype)
     mean, top = _align_op(x, y, receiving_mask, giving_mask, index.long(), mode, topk, chunk_size)
     return mean, top
 
 
-def scatter_rows(values: Tensor, index: Tensor) -> Tensor:
-    """``values`` (N, k) at the columns ``index`` (N, k) of an (N, N) matrix of zeros (False)."""
-    n = values.shape[0]
-    return values.new_zeros(n, n).scatter(1, index, values)
+def _prepare(x: Tensor, mask: Tensor | None, mode: str, wide: torch.dtype, dtype: torch.dtype) -> Tensor:
+    """Fragments (N, R, D) without what stands in the padding, in ``mode`` "cosine" and "scan" of length 1.
+
+    Without a gradient, items are done a few at a time: the steps' copies of all would be the largest tensors of a large
+    batch.
+    """
+
+    def some(items: slice) -> Tensor:
+        z = zero_padding(x[items], None if mask is None else mask[items]).to(wide)
+        if mode == "dot":  # a product of −inf would hide behind the other maxima
+            return z.masked_fill(row_lengths(z.detach()).isnan(), torch.nan).to(dtype)
+        return l2_normalize(z).to(dtype)
+
+    budget = _CPU_CHUNK if x.device.type == "cpu" else _GPU_CHUNK
+    if torch.compiler.is_compiling() or (x.requires_grad and torch.is_grad_enabled()) or x.numel() <= budget:
+        return some(slice(None))
+    out, items = x.new_empty(x.shape, dtype=dtype), max(1, budget // (x.shape[1] * x.shape[2]))
+    for start in range(0, x.shape[0], items):
+        out[start : start + items] = some(slice(start, start + items))
+    return out
 
 
 @torch.library.custom_op("hrem_layers::align_candidates", mutates_args=())

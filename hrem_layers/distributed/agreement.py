@@ -26,7 +26,8 @@ def _dtype_name(code: int) -> str:
 
 _TABLE = (
     "valid", "images", "texts", "image_width", "text_width", "embed_dim", "image_dim", "text_dim", *_FLOATS,
-    "image_mask", "text_mask", "ids", "index", "image_grad", "text_grad", "grad_enabled", "training", "warming",
+    "image_mask", "text_mask", "ids", "index", "image_grad", "text_grad",
+    "image_embedding_grad", "text_embedding_grad", "grad_enabled", "training", "warming",
 )  # fmt: skip
 
 _MUST_AGREE: tuple[tuple[str, str, Callable[[int], str]], ...] = (
@@ -38,6 +39,10 @@ _MUST_AGREE: tuple[tuple[str, str, Callable[[int], str]], ...] = (
     *((name, f"{name} must have the same dtype on all processes", _dtype_name) for name in _FLOATS),
     ("image_grad", "image_fragments must require gradients on all processes or on none", _YES_NO),
     ("text_grad", "text_fragments must require gradients on all processes or on none", _YES_NO),
+    *(
+        (f"{side}_embedding_grad", f"{side}_embedding must require gradients on all processes or on none", _YES_NO)
+        for side in ("image", "text")
+    ),
     ("grad_enabled", "gradients must be enabled on all processes or on none", _YES_NO),
     ("training", "the loss must be in training mode on all processes or on none", _YES_NO),
     ("warming", "the loss must be in its warm-up on all processes or on none (load its state on all)", _YES_NO),
@@ -91,7 +96,8 @@ def _describe_own(batch: Batch, training: bool, warming: bool) -> list[int]:
         1, r.shape[0], c.shape[0], r.shape[1], c.shape[1], batch.image_embedding.shape[1], r.shape[2], c.shape[2],
         *(DTYPES.index(x.dtype) for x in floats),
         *(x is not None for x in (batch.image_mask, batch.text_mask, batch.image_ids, batch.image_index)),
-        r.requires_grad, c.requires_grad, torch.is_grad_enabled(), training, warming,
+        r.requires_grad, c.requires_grad, batch.image_embedding.requires_grad, batch.text_embedding.requires_grad,
+        torch.is_grad_enabled(), training, warming,
     ]  # fmt: skip
 
 

@@ -13,6 +13,10 @@ the gradients of the processes must add up to W · dL/dθ.
   block p. Parameters used in all blocks: the parts add up to W · dL/dθ. The texts of p are in no other block:
   W · dL/dc, complete. An image is in all blocks, so its owner must collect the parts: the backward pass of
   :func:`gather_shared` sums over the processes (a reduce-scatter), W · dL/dr.
+- *Shared* work on what was gathered for replicated work (the embeddings): its parts come as W times what each process
+  makes of a row, but the gather multiplies by W once more. :func:`share` therefore adds up the parts and divides by W;
+  :func:`take_own`, for rows that nobody else looks at, only divides. A sum whose parts are shared, :func:`add_up`, is a
+  gather of scalars for replicated work.
 """
 
 from __future__ import annotations
@@ -42,6 +46,24 @@ def gather_shared(x: Tensor, sizes: tuple[int, ...]) -> Tensor:
     """Rows of all processes; what follows differs between them. Backward: my slice of the sum over all."""
     out: Tensor = _GatherShared.apply(x, sizes)  # type: ignore[no-untyped-call]
     return out
+
+
+def share(x: Tensor, sizes: tuple[int, ...]) -> Tensor:
+    """``x``, rows of :func:`gather_replicated`; what follows differs between the processes. Backward: in my slice the
+    sum over all, by W."""
+    out: Tensor = _Share.apply(x, sizes)  # type: ignore[no-untyped-call]
+    return out
+
+
+def take_own(x: Tensor, sizes: tuple[int, ...]) -> Tensor:
+    """My rows of :func:`gather_replicated`, for work that differs. Backward: by W."""
+    out: Tensor = _TakeOwn.apply(x, sizes)  # type: ignore[no-untyped-call]
+    return out
+
+
+def add_up(x: Tensor) -> Tensor:
+    """The sum over the processes of a scalar. Backward: times W."""
+    return gather_replicated(x.reshape(1), (1,) * dist.get_world_size()).sum()
 
 
 def gather_constant(x: Tensor, sizes: tuple[int, ...]) -> Tensor:
@@ -91,16 +113,48 @@ class _GatherReplicated(torch.autograd.Function):
 class _GatherShared(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, sizes: tuple[int, ...]) -> Tensor:
-        ctx.sizes, ctx.rank = sizes, dist.get_rank()
+        ctx.sizes = sizes
         return gather_constant(x, sizes)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        most = max(ctx.sizes)
-        wire = torch.cat([pad(part, 0, most) for part in grad.split(ctx.sizes)])
-        mine = wire.new_empty(most, *wire.shape[1:])
-        reduce_scatter(mine, wire.contiguous())
-        return mine[: ctx.sizes[ctx.rank]], None
+        return _sum_of_mine(grad, ctx.sizes), None
+
+
+class _Share(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, sizes: tuple[int, ...]) -> Tensor:
+        ctx.sizes = sizes
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        mine = _sum_of_mine(grad, ctx.sizes)
+        out = torch.zeros_like(grad)
+        out[own_rows(ctx.sizes, dist.get_rank())] = mine / len(ctx.sizes)
+        return out, None
+
+
+class _TakeOwn(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, sizes: tuple[int, ...]) -> Tensor:
+        ctx.sizes, ctx.shape = sizes, x.shape
+        return x[own_rows(sizes, dist.get_rank())].clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        out = grad.new_zeros(ctx.shape)
+        out[own_rows(ctx.sizes, dist.get_rank())] = grad / len(ctx.sizes)
+        return out, None
+
+
+def _sum_of_mine(grad: Tensor, sizes: tuple[int, ...]) -> Tensor:
+    """My rows of the sum over all processes: a reduce-scatter, on whose way every part is as long as the longest."""
+    most = max(sizes)
+    wire = torch.cat([pad(part, 0, most) for part in grad.split(sizes)])
+    mine = wire.new_empty(most, *wire.shape[1:])
+    reduce_scatter(mine, wire.contiguous())
+    return mine[: sizes[dist.get_rank()]]
 
 
 @contextmanager

@@ -8,7 +8,16 @@ import torch
 from torch import Tensor
 
 from hrem_layers._core.batch import Batch
-from hrem_layers.distributed.collectives import gather_constant, gather_replicated, gather_shared, own_rows, pad
+from hrem_layers.distributed.collectives import (
+    add_up,
+    gather_constant,
+    gather_replicated,
+    gather_shared,
+    own_rows,
+    pad,
+    share,
+    take_own,
+)
 
 
 class Shares(NamedTuple):
@@ -42,6 +51,18 @@ class Shares(NamedTuple):
 
     def gather_rows(self, side: str, x: Tensor) -> Tensor:
         return gather_replicated(x, self.sizes(side))
+
+    def gather_shared_rows(self, side: str, x: Tensor) -> Tensor:
+        return gather_shared(x, self.sizes(side))
+
+    def share_rows(self, side: str, x: Tensor) -> Tensor:
+        return share(x, self.sizes(side))
+
+    def own_rows(self, side: str, x: Tensor) -> Tensor:
+        return take_own(x, self.sizes(side))
+
+    def add_up(self, x: Tensor) -> Tensor:
+        return add_up(x)
 
     def gather_pairs(self, i2t: Tensor, t2i: Tensor) -> tuple[Tensor, Tensor]:
         texts_stay = self.travels == "image"
