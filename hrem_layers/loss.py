@@ -24,7 +24,7 @@ from hrem_layers.distributed import agree, gather_embeddings, is_distributed, on
 from hrem_layers.graph import AssociationGraph
 from hrem_layers.interaction import RelationInteraction
 from hrem_layers.losses import TripletLoss
-from hrem_layers.pair_terms import PairLoss, Pairs
+from hrem_layers.pair_terms import PairLoss, Pairs, check_scalar
 from hrem_layers.relations import Cosines, pair_cosines
 from hrem_layers.sparse import AnyGraph, SparseRelationGraph, check_any_graph
 
@@ -367,7 +367,7 @@ class HREMLoss(nn.Module):
             cross_text = pairs.loss("cross_pair_loss", pair_loss, v, u_enhanced)
         if self.regularization_weight:
             regularize = cast(Callable[..., Tensor], self.graph.regularization)
-            regularization = regularize(graph, v, u, cosines=cosines)
+            regularization = check_scalar("regularization", regularize(graph, v, u, cosines=cosines), v.device)
         total = (
             base
             + self.enhanced_weight * enhanced

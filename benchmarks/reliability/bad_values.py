@@ -67,7 +67,7 @@ def embeddings_of(n: int, m: int) -> dict[str, Any]:
 
 TENSORS = dict.fromkeys(("image_embedding", "text_embedding", "image_fragments", "text_fragments", "similarity"), "x")
 MASKS = dict.fromkeys(("image_mask", "text_mask", "positives"), "mask")
-INDICES = dict.fromkeys(("image_ids", "image_index"), "index")
+INDICES = dict.fromkeys(("image_ids", "image_index", "text_ids"), "index")
 CALLED = {**TENSORS, **MASKS, **INDICES, "cosines": "object", "exchange": "skip"}
 SPECIAL = {
     "layer": "callable", "negative_sampling": "callable choice", "alignment": "callable choice", "log_scale": "object",
@@ -116,7 +116,7 @@ def targets() -> Iterator[Target]:
     yield called("FragmentRelation()", lambda: h.FragmentRelation(D, num_heads=4, dropout=0),
                  lambda: {"fragments": drawn(N, R, D), "mask": batch()["image_mask"]}, {"fragments": "x", "mask": "mask"})
     yield called("TransformerLayer()", lambda: h.TransformerLayer(D, num_heads=4), lambda: {"x": drawn(N, R, D)},
-                 {"x": "x", "bias": "object", "context": "object"})
+                 {"x": "any x", "bias": "object", "context": "object"})
     yield called("AssociationGraph()", lambda: h.AssociationGraph(topk=3), batch, CALLED)
     yield called("AssociationGraph(candidates)()", lambda: h.AssociationGraph(topk=3, candidates=2), batch, CALLED)
     yield called("AssociationGraph().regularization", lambda: h.AssociationGraph(topk=3),
@@ -128,14 +128,17 @@ def targets() -> Iterator[Target]:
     for method in ("forward", "relate"):
         yield called(f"HREMLoss().{method}", lambda: h.HREMLoss(D, pair_loss=h.TripletLoss(negative_sampling="hardest")),
                      batch, CALLED, method)
+    yield called("HREMLoss(candidates)()",
+                 loss_with_candidates, batch, CALLED)
     for cls in (h.TripletLoss, h.InfoNCELoss, h.SigmoidLoss):
         good = {"noise": drawn(2 * N).sigmoid()} if cls is h.TripletLoss else {}
         yield called(f"{cls.__name__}()", cls, lambda good=good: {**pairs(), **good}, CALLED)
     for name in losses.__all__:
         function = getattr(losses, name)
         if not isinstance(function, type):
-            noise = {"triplet_loss": (2 * N,), "distance_weighted_negative": (N, 1)}.get(name)
-            good = (lambda noise=noise: {**pairs(), "noise": drawn(*noise).sigmoid()}) if noise else pairs
+            noise = {"triplet_loss": (2 * N,), "streamed_triplet_loss": (2 * N,), "distance_weighted_negative": (N, 1)}.get(name)
+            given = embeddings if name.startswith("streamed_") else pairs
+            good = (lambda given=given, noise=noise: {**given(), "noise": drawn(*noise).sigmoid()}) if noise else given
 
             def seeded(function: Callable[..., object] = function, **given: Any) -> object:
                 torch.manual_seed(0)
@@ -145,7 +148,7 @@ def targets() -> Iterator[Target]:
     yield Target("align_fragments", h.align_fragments,
                  lambda: {**{k: x for k, x in batch().items() if "embedding" not in k}, "topk": 3},
                  kinds_of(h.align_fragments, CALLED))
-    yield Target("pair_cosines", h.pair_cosines, embeddings, kinds_of(h.pair_cosines, CALLED))
+    yield Target("pair_cosines", h.pair_cosines, embeddings, {"image_embedding": "any x", "text_embedding": "any x"})
     ways = {"image_ids": "object", "text_ids": "object", "captions_per_image": "object", "folds": "int"}
     by_ids = {"image_ids": list(range(6)), "text_ids": [i // 2 for i in range(12)]}
     yield Target("retrieval_metrics by ids", h.retrieval_metrics,
@@ -163,6 +166,10 @@ def targets() -> Iterator[Target]:
                  lambda: {"relation_weight": 2.0}, {"relation_weight": "number"})
 
 
+def loss_with_candidates() -> h.HREMLoss:
+    return h.HREMLoss(D, graph=h.AssociationGraph(topk=3, candidates=2), pair_loss=h.InfoNCELoss())
+
+
 class Wrong:
     """Nothing that anything takes."""
 
@@ -176,6 +183,10 @@ def values(kind: str, good: object) -> Iterator[tuple[str, str, object]]:
             yield name, "error", value
     if kind == "ordered data":  # in an order an infinity has its place
         yield from ((name, "any" if "inf" in name else e, value) for name, e, value in data(kind, good))
+        return
+    if kind == "any x":  # of any number of rows
+        free = ("a row more", "no rows", "a dimension less")
+        yield from ((name, "any" if name in free else e, value) for name, e, value in tensors(kind, good))
         return
     yield from {"x": tensors, "data": data, "mask": masks, "index": indices}.get(kind, plain)(kind, good)
 
@@ -240,7 +251,7 @@ def data(kind: str, x: Any) -> Iterator[tuple[str, str, object]]:
 
 
 def masks(kind: str, x: Any) -> Iterator[tuple[str, str, object]]:
-    x = torch.ones(N, N, dtype=torch.bool) if x is None else x
+    x = torch.eye(N, dtype=torch.bool) if x is None else x
     yield "a list", "error", x.tolist()
     yield "an array", "error", x.numpy()
     yield from layouts(x)
