@@ -111,7 +111,9 @@ def returned() -> Iterator[Case]:
             def call(make=make, value=value) -> object:  # type: ignore[no-untyped-def]
                 return make(value)(**batch())
 
-            yield Case(f"HREMLoss with {argument} that returns", argument, f"wrong {i}", "error", (argument,), call, call)
+            yield Case(
+                f"HREMLoss with {argument} that returns", argument, f"wrong {i}", "error", (argument,), call, call
+            )
 
 
 def judge(case: Case) -> tuple[str, str]:

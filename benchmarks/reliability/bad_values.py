@@ -113,30 +113,54 @@ def targets() -> Iterator[Target]:
 
         return Target(name, call, good, kinds_of(getattr(module(), method), known))
 
-    yield called("FragmentRelation()", lambda: h.FragmentRelation(D, num_heads=4, dropout=0),
-                 lambda: {"fragments": drawn(N, R, D), "mask": batch()["image_mask"]}, {"fragments": "x", "mask": "mask"})
-    yield called("TransformerLayer()", lambda: h.TransformerLayer(D, num_heads=4), lambda: {"x": drawn(N, R, D)},
-                 {"x": "any x", "bias": "object", "context": "object"})
+    yield called(
+        "FragmentRelation()",
+        lambda: h.FragmentRelation(D, num_heads=4, dropout=0),
+        lambda: {"fragments": drawn(N, R, D), "mask": batch()["image_mask"]},
+        {"fragments": "x", "mask": "mask"},
+    )
+    yield called(
+        "TransformerLayer()",
+        lambda: h.TransformerLayer(D, num_heads=4),
+        lambda: {"x": drawn(N, R, D)},
+        {"x": "any x", "bias": "object", "context": "object"},
+    )
     yield called("AssociationGraph()", lambda: h.AssociationGraph(topk=3), batch, CALLED)
     yield called("AssociationGraph(candidates)()", lambda: h.AssociationGraph(topk=3, candidates=2), batch, CALLED)
-    yield called("AssociationGraph().regularization", lambda: h.AssociationGraph(topk=3),
-                 lambda: {"graph": some_graph(), **embeddings()}, CALLED, "regularization")
+    yield called(
+        "AssociationGraph().regularization",
+        lambda: h.AssociationGraph(topk=3),
+        lambda: {"graph": some_graph(), **embeddings()},
+        CALLED,
+        "regularization",
+    )
     for mechanism in ("fusion", "standalone"):
-        yield called(f"RelationInteraction({mechanism})()",
-                     lambda mechanism=mechanism: h.RelationInteraction(D, num_heads=4, dropout=0, mechanism=mechanism),
-                     lambda: {**embeddings(), "graph": some_graph()}, CALLED)
+        yield called(
+            f"RelationInteraction({mechanism})()",
+            lambda mechanism=mechanism: h.RelationInteraction(D, num_heads=4, dropout=0, mechanism=mechanism),
+            lambda: {**embeddings(), "graph": some_graph()},
+            CALLED,
+        )
     for method in ("forward", "relate"):
-        yield called(f"HREMLoss().{method}", lambda: h.HREMLoss(D, pair_loss=h.TripletLoss(negative_sampling="hardest")),
-                     batch, CALLED, method)
-    yield called("HREMLoss(candidates)()",
-                 loss_with_candidates, batch, CALLED)
+        yield called(
+            f"HREMLoss().{method}",
+            lambda: h.HREMLoss(D, pair_loss=h.TripletLoss(negative_sampling="hardest")),
+            batch,
+            CALLED,
+            method,
+        )
+    yield called("HREMLoss(candidates)()", loss_with_candidates, batch, CALLED)
     for cls in (h.TripletLoss, h.InfoNCELoss, h.SigmoidLoss):
         good = {"noise": drawn(2 * N).sigmoid()} if cls is h.TripletLoss else {}
         yield called(f"{cls.__name__}()", cls, lambda good=good: {**pairs(), **good}, CALLED)
     for name in losses.__all__:
         function = getattr(losses, name)
         if not isinstance(function, type):
-            noise = {"triplet_loss": (2 * N,), "streamed_triplet_loss": (2 * N,), "distance_weighted_negative": (N, 1)}.get(name)
+            noise = {
+                "triplet_loss": (2 * N,),
+                "streamed_triplet_loss": (2 * N,),
+                "distance_weighted_negative": (N, 1),
+            }.get(name)
             given = embeddings if name.startswith("streamed_") else pairs
             good = (lambda given=given, noise=noise: {**given(), "noise": drawn(*noise).sigmoid()}) if noise else given
 
@@ -145,25 +169,53 @@ def targets() -> Iterator[Target]:
                 return function(**given)
 
             yield Target(name, seeded, good, kinds_of(function, CALLED))
-    yield Target("align_fragments", h.align_fragments,
-                 lambda: {**{k: x for k, x in batch().items() if "embedding" not in k}, "topk": 3},
-                 kinds_of(h.align_fragments, CALLED))
+    yield Target(
+        "align_fragments",
+        h.align_fragments,
+        lambda: {**{k: x for k, x in batch().items() if "embedding" not in k}, "topk": 3},
+        kinds_of(h.align_fragments, CALLED),
+    )
     yield Target("pair_cosines", h.pair_cosines, embeddings, {"image_embedding": "any x", "text_embedding": "any x"})
     ways = {"image_ids": "object", "text_ids": "object", "captions_per_image": "object", "folds": "int"}
     by_ids = {"image_ids": list(range(6)), "text_ids": [i // 2 for i in range(12)]}
-    yield Target("retrieval_metrics by ids", h.retrieval_metrics,
-                 lambda: {**embeddings_of(6, 12), **by_ids}, {"image_ids": "object", "text_ids": "object"})
-    yield Target("retrieval_metrics", h.retrieval_metrics, retrieved,
-                 {**kinds_of(h.retrieval_metrics, {**TENSORS, **ways}), "image_embedding": "data", "text_embedding": "data"})
-    yield Target("retrieval_metrics_from_similarity", h.retrieval_metrics_from_similarity,
-                 lambda: {"similarity": drawn(6, 12), "captions_per_image": 2},
-                 {**kinds_of(h.retrieval_metrics_from_similarity, {**TENSORS, **ways}), "similarity": "ordered data"})
-    yield Target("NeighborBatchSampler", lambda **given: list(h.NeighborBatchSampler(**given)), features,
-                 {**kinds_of(h.NeighborBatchSampler, {}), "image_features": "data", "captions_per_image": "object",
-                  "cluster_ids": "object"})
-    yield Target("RelationGraph.block", lambda name: some_graph().block(name), lambda: {"name": "i2t"}, {"name": "choice"})
-    yield Target("RelationGraph.attention_bias", lambda **o: some_graph().attention_bias(**o),
-                 lambda: {"relation_weight": 2.0}, {"relation_weight": "number"})
+    yield Target(
+        "retrieval_metrics by ids",
+        h.retrieval_metrics,
+        lambda: {**embeddings_of(6, 12), **by_ids},
+        {"image_ids": "object", "text_ids": "object"},
+    )
+    yield Target(
+        "retrieval_metrics",
+        h.retrieval_metrics,
+        retrieved,
+        {**kinds_of(h.retrieval_metrics, {**TENSORS, **ways}), "image_embedding": "data", "text_embedding": "data"},
+    )
+    yield Target(
+        "retrieval_metrics_from_similarity",
+        h.retrieval_metrics_from_similarity,
+        lambda: {"similarity": drawn(6, 12), "captions_per_image": 2},
+        {**kinds_of(h.retrieval_metrics_from_similarity, {**TENSORS, **ways}), "similarity": "ordered data"},
+    )
+    yield Target(
+        "NeighborBatchSampler",
+        lambda **given: list(h.NeighborBatchSampler(**given)),
+        features,
+        {
+            **kinds_of(h.NeighborBatchSampler, {}),
+            "image_features": "data",
+            "captions_per_image": "object",
+            "cluster_ids": "object",
+        },
+    )
+    yield Target(
+        "RelationGraph.block", lambda name: some_graph().block(name), lambda: {"name": "i2t"}, {"name": "choice"}
+    )
+    yield Target(
+        "RelationGraph.attention_bias",
+        lambda **o: some_graph().attention_bias(**o),
+        lambda: {"relation_weight": 2.0},
+        {"relation_weight": "number"},
+    )
 
 
 def loss_with_candidates() -> h.HREMLoss:
@@ -321,7 +373,8 @@ def plain(kind: str, x: Any) -> Iterator[tuple[str, str, object]]:
         for name, value in (("a str", "x"), ("3.5", 3.5), ("a list of str", ["a"]), ("NaN", np.nan), ("-3", -3),
                             ("a set", {1.5}), ("an array of objects", np.array([None, 1], dtype=object)),
                             ("a half tensor", torch.ones(2).half()), ("a list of NaN", [np.nan] * N),
-                            ("meta", torch.ones(N, device="meta")), ("2**70", 2**70), ("[2**70]", [2**70] * 6)):  # fmt: skip
+                            ("meta", torch.ones(N, device="meta")), ("2**70", 2**70),
+                            ("[2**70]", [2**70] * 6)):  # fmt: skip
             yield name, "error", value
     if "callable" in kind or kind == "callable":
         yield "a str", "error", "x"

@@ -7,8 +7,8 @@
 First every quick test file runs once as it is, and the functions that each test enters are noted. Then each fault is
 put in, and the tests that enter its function run, the quickest first, until one fails. Everything is loaded and
 collected once; each fault gets a forked process of its own, in which the function's code is exchanged. (A fault outside
-of functions, or in the default of an argument, is imported instead.) A line per fault goes to ``mutants.csv`` at once, so that a
-run which was stopped goes on where it was. Linux only.
+of functions, or in the default of an argument, is imported instead.) A line per fault goes to ``mutants.csv`` at
+once, so that a run which was stopped goes on where it was. Linux only.
 
 A fault counts as killed if a test fails or, rarely, if the tests do not end. One that changes nothing anybody could
 see is listed in ``judged.csv`` with the reason.
@@ -119,7 +119,7 @@ class Recorder:
     def trace(self, frame, event, argument):  # type: ignore[no-untyped-def]
         name = frame.f_code.co_filename
         if name.startswith(PACKAGE):
-            self.entered.add(f"{name[len(PACKAGE):]}:{frame.f_code.co_firstlineno}")
+            self.entered.add(f"{name[len(PACKAGE) :]}:{frame.f_code.co_firstlineno}")
 
     def pytest_runtest_setup(self, item) -> None:  # type: ignore[no-untyped-def]
         self.entered, self.start = set(), time.process_time()
@@ -292,7 +292,7 @@ def changed_functions(mutation: Mutation, loaded: Loaded) -> list[tuple[types.Fu
         return []
     if not all((path, *place) in loaded for place in changed):
         return []
-    found = [(x, after[place]) for place in changed for x in loaded[path, *place]]
+    found = [(x, after[place]) for place in changed for x in loaded[(path, *place)]]
     return found if all(x.__code__.co_freevars == code.co_freevars for x, code in found) else []
 
 
@@ -372,10 +372,10 @@ def main(argv: list[str] | None = None) -> int:
         done.unlink(missing_ok=True)
 
         def serve(wanted=wanted, tests=tests, area=area, done=done) -> None:  # type: ignore[no-untyped-def]
-            def recorded(mutation: Mutation, killed: str, seconds: float) -> None:
-                record(mutation, killed, seconds)
+            def recorded(fault: Mutation, killed: str, seconds: float) -> None:
+                record(fault, killed, seconds)
                 with done.open("a") as file:
-                    file.write(json.dumps(mutation.key) + "\n")
+                    file.write(json.dumps(fault.key) + "\n")
 
             pytest_main(test_files(area), Server(wanted, tests, recorded))
 
@@ -414,7 +414,7 @@ def warm_up() -> None:
     import hypothesis  # noqa: F401
     import pytest  # noqa: F401
     import torch
-    import torch.utils.data  # noqa: F401
+    import torch.utils.data
     from sklearn.cluster import KMeans  # noqa: F401
 
     torch.set_num_threads(1)

@@ -143,12 +143,14 @@ def changes(node: ast.AST) -> Iterator[tuple[str, Change]]:
         yield "tolerance", times(1000)
     elif isinstance(node, ast.Call):
         yield from calls(node)
-    elif isinstance(node, ast.Raise):
+    elif removable(node):
         yield "statement", nothing
-    elif isinstance(node, ast.Expr) and isinstance(node.value, ast.Call):
-        yield "statement", nothing
-    elif isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Attribute | ast.Subscript):
-        yield "statement", nothing
+
+
+def removable(node: ast.AST) -> bool:
+    if isinstance(node, ast.Assign):
+        return isinstance(node.targets[0], ast.Attribute | ast.Subscript)
+    return isinstance(node, ast.Raise) or (isinstance(node, ast.Expr) and isinstance(node.value, ast.Call))
 
 
 def constants(value: object) -> Iterator[tuple[str, Change]]:
