@@ -5,8 +5,9 @@
 Two linear encoders and the whole of HREMLoss, warm-up included, are trained by AdamW. The inputs are random walks, so
 that the loss never comes to rest and embeddings grow, and some of the steps are extreme: images that are all equal,
 items with one real fragment, inputs a million times as large or as small, one id for all. Every step the
-loss, every term, the gradients' norm and the parameters must be finite. Every ``--every`` steps the resident memory, the number of living
-objects and of tensors, and the blocks that Python has allocated are noted; after the first fifth of the steps
+loss, every term, the gradients' norm and the parameters must be finite. Every ``--every`` steps the resident memory,
+the number of living objects and of tensors, and the blocks that Python has allocated are noted; after the first
+fifth of the steps
 they must not grow by more than a few percent. Writes drift.json; the exit status is 1 if something of this fails.
 """
 

@@ -60,8 +60,9 @@ def bad_input() -> str:
     parts = [
         "## Wrong arguments",
         "`python benchmarks/reliability/bad_input.py`. Every public name gets, for each of its arguments in turn, "
-        "values of a wrong type, dtype, device, layout, shape or range, NaN and infinities, NumPy's scalars and arrays, "
-        "classes for instances; and the loss gets modules of the caller's own that return the wrong thing. A script judges. "
+        "values of a wrong type, dtype, device, layout, shape or range, NaN and infinities, NumPy's scalars and "
+        "arrays, classes for instances; and the loss gets modules of the caller's own that return the wrong thing. A "
+        "script judges. "
         "240 of the cases are a test.",
         table(["outcome", "cases"], [[names[key], count] for key, count in outcomes.items()]
               + [["all", found["cases"]]]),
@@ -134,10 +135,12 @@ def dtypes() -> str:
     return "\n\n".join([
         "## Errors per dtype, the whole loss",
         f"`python benchmarks/reliability/loss_dtypes.py --seeds {rows[0]['seeds']}`: HREMLoss against itself in "
-        "float64 with the alignment as loops over pairs, on the same rounded inputs and weights; ‖error‖ / ‖exact‖, median and "
-        "largest over the batches. “Other edges” counts batches in which a neighbour is another one: there the "
-        "gradient is another one, not an inexact one. (For the alignment alone: `python benchmarks/dtype_error.py`.) Where only "
-        "the inputs are of a half type, what goes out is rounded to it, and nothing else is. Where the weights or "
+        "float64 with the alignment as loops over pairs, on the same rounded inputs and weights; ‖error‖ / ‖exact‖, "
+        "median and largest over the batches. “Other edges” counts batches in which a neighbour is another one: "
+        "there the "
+        "gradient is another one, not an inexact one. (For the alignment alone: `python benchmarks/dtype_error.py`.) "
+        "Where only the inputs are of a half type, what goes out is rounded to it, and nothing else is. Where "
+        "the weights or "
         "autocast are bfloat16, the interaction is computed in it: the gradient of its weights, a sum of terms that "
         "nearly cancel, is then inexact by some percent. Keep the weights of the loss in float32.",
         table(
@@ -153,8 +156,8 @@ def kills() -> str:
     if found is None:
         return (
             "## Kills\n\n`python benchmarks/reliability/kills.py --kills 32 > benchmarks/reliability/kills.json` "
-            "trains by the example script, kills it at random moments and while a checkpoint is written, resumes it and "
-            "compares the metrics with those of a run that was left alone. No result is recorded for this version."
+            "trains by the example script, kills it at random moments and while a checkpoint is written, resumes it "
+            "and compares the metrics with those of a run that was left alone. No result is recorded for this version."
         )
     return "\n\n".join([
         "## Kills",
