@@ -33,6 +33,7 @@ from hrem_layers.relations import (
     Cosines,
     RelationBlock,
     RelationGraph,
+    check_cosines,
     distance_relevance,
     guide_divergence,
     nearest,
@@ -203,6 +204,7 @@ class AssociationGraph(nn.Module):
         check_positives(positives, n, m, device)
         check_image_ids(image_ids, n, positives, device)
         check_same_device("image_embedding", image_embedding, self)
+        check_cosines(cosines, n, m, device)
 
         if self.detach_fragments:
             image_fragments, text_fragments = image_fragments.detach(), text_fragments.detach()
@@ -266,6 +268,7 @@ class AssociationGraph(nn.Module):
         n, d = image_embedding.shape
         check_tensor("text_embedding", text_embedding, (count_texts(graph, n), d), device=image_embedding.device)
         graph = check_any_graph(graph, n, text_embedding.shape[0], image_embedding.device)
+        check_cosines(cosines, n, text_embedding.shape[0], image_embedding.device)
         if isinstance(graph, SparseRelationGraph):
             x, y = (exact_units(e.detach()) for e in (image_embedding, text_embedding))
             dtype = compute_dtype(image_embedding.dtype)

@@ -24,7 +24,7 @@ from hrem_layers.distributed import agree, gather_embeddings, is_distributed, on
 from hrem_layers.graph import AssociationGraph
 from hrem_layers.interaction import RelationInteraction
 from hrem_layers.losses import TripletLoss
-from hrem_layers.losses.terms import PairLoss, Pairs
+from hrem_layers.losses.terms import PairLoss, Pairs, check_scalar
 from hrem_layers.relations import Cosines, pair_cosines
 from hrem_layers.relations.sparse import AnyGraph, SparseRelationGraph, check_any_graph
 
@@ -374,6 +374,7 @@ class HREMLoss(nn.Module):
             regularize = cast(Callable[..., Tensor], self.graph.regularization)
             known = getattr(type(self.graph), "regularization", None) is AssociationGraph.regularization
             regularization = regularize(graph if known else _whole(graph), v, u, cosines=cosines)
+            regularization = check_scalar("regularization", regularization, v.device)
         total = (
             base
             + self.enhanced_weight * enhanced

@@ -71,6 +71,8 @@ def check_embeddings(
 
 def check_image_index(image_index: Tensor, n: int, m: int, device: torch.device) -> None:
     check_index_tensor("image_index", image_index, (m,), device=device)
+    if image_index.dtype not in (torch.int64, torch.int32):  # what indexes; uint8 would be read as a mask
+        raise TypeError(f"image_index must be int64 or int32, got {describe(image_index)}")
     # on a GPU a look at the values would make it wait; there the indexing itself stops at a wrong one
     if device.type == "cpu" and m and not torch.compiler.is_compiling():
         low, high = (int(x) for x in image_index.aminmax())

@@ -10,8 +10,17 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from hrem_layers._core.attention import attend
-from hrem_layers._core.checks import check_bool, check_choice, check_int, check_number, said
+from hrem_layers._core.checks import (
+    check_bool,
+    check_choice,
+    check_int,
+    check_number,
+    check_tensor,
+    describe,
+    said,
+)
 from hrem_layers._core.neighbors import NeighborBias, attend_neighbors, drop_rows
+from hrem_layers._core.numerics import autocast_dtype
 
 
 class BiasedAttention(nn.Module):
@@ -145,6 +154,7 @@ class TransformerLayer(nn.Module):
         Returns:
             (..., n, D).
         """
+        self._check(x, bias, context)
         drop = self._dropout(bias)
         if self.norm_first:
             inner = self.norm1(x)
@@ -155,6 +165,22 @@ class TransformerLayer(nn.Module):
         x = self.norm1(x + drop(attended))
         out = self.norm2(x + drop(self._feed(x, drop)))
         return out
+
+    def _check(self, x: Tensor, bias: Tensor | NeighborBias | None, context: Tensor | None) -> None:
+        d, weight = self.self_attn.embed_dim, self.linear1.weight
+        given = [("x", x)] if context is None else [("x", x), ("context", context)]
+        for name, rows in given:
+            lead = ("...",) * (rows.dim() - 2) if isinstance(rows, Tensor) and not rows.is_nested else ("...",)
+            check_tensor(name, rows, (*lead, "n", d), device=weight.device)
+            if rows.dtype != weight.dtype and autocast_dtype(weight.device) is None:
+                raise TypeError(f"{name} must be {weight.dtype} like the weights, got {describe(rows)}")
+        if bias is None or isinstance(bias, NeighborBias):
+            return
+        n, m = x.shape[-2], (x if context is None else context).shape[-2]
+        lead = ("...",) * (bias.dim() - 2) if isinstance(bias, Tensor) and not bias.is_nested else ("...",)
+        check_tensor("bias", bias, (*lead, "n", "m"), device=weight.device)
+        if not (bias.shape[-2] in (1, n) and bias.shape[-1] == m):
+            raise ValueError(f"bias must have shape (..., {n}, {m}) or (..., 1, {m}), got {describe(bias)}")
 
     def _dropout(self, bias: Tensor | NeighborBias | None) -> Callable[[Tensor], Tensor]:
         if not isinstance(bias, NeighborBias):

@@ -35,7 +35,12 @@ def check_pair_flags(name: str, flags: object, similarity: Tensor, meaning: str)
 
 def check_constant(name: str, value: float, **bounds: float) -> float:
     """A number in its range; not looked at in a traced graph, where it may be a symbol."""
-    return value if torch.compiler.is_compiling() else check_number(name, value, **bounds)
+    if torch.compiler.is_compiling():
+        return value
+    number = check_number(name, value, **bounds)
+    if abs(number) > torch.finfo(torch.float32).max:
+        raise ValueError(f"{name} must be a number that float32 can hold, got {said(value)}")
+    return number
 
 
 def one_if_finite(*tensors: Tensor) -> Tensor:

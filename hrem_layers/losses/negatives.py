@@ -4,6 +4,9 @@ Two kinds. One negative per anchor: :func:`hardest_negative` and :func:`distance
 similarity and whether there is one; a function of yours with that signature is a ``negative_sampling`` of
 :class:`~hrem_layers.TripletLoss` as well. Many negatives per anchor: :func:`every_negative_weights` and
 :func:`expected_negative_weights` return the weight of each in a sum.
+
+Bad arguments are a TypeError or ValueError that names them; a NaN or an infinity in ``similarity`` or ``noise`` makes
+what is computed from them NaN. Half precision is computed in float32, and so are the results.
 """
 
 from __future__ import annotations
@@ -11,7 +14,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from hrem_layers._core.checks import check_int, check_tensor
 from hrem_layers._core.numerics import tie_tolerance
+from hrem_layers.losses._pairs import check_constant, check_pairs, one_if_finite
 
 
 def hardest_negative(similarity: Tensor, positives: Tensor) -> tuple[Tensor, Tensor]:
@@ -34,12 +39,13 @@ def hardest_negative(similarity: Tensor, positives: Tensor) -> tuple[Tensor, Ten
         >>> hardest_negative(similarity, torch.tensor([[True, False, False]]))
         (tensor([[0.3000]]), tensor([[True]]))
     """
+    similarity = check_pairs(similarity, positives)
     negatives = torch.where(positives, -torch.inf, similarity)
     hardest = negatives.detach().amax(dim=1, keepdim=True)
     found = hardest > -torch.inf
     tied = negatives.detach() >= torch.where(found, hardest - tie_tolerance(similarity.dtype), torch.inf)
     mean = torch.where(tied, similarity, 0).sum(dim=1, keepdim=True) / tied.sum(dim=1, keepdim=True).clamp(min=1)
-    return mean, found
+    return mean * one_if_finite(similarity), found
 
 
 def distance_weighted_negative(
@@ -70,13 +76,16 @@ def distance_weighted_negative(
         >>> distance_weighted_negative(similarity, torch.tensor([[True, False, False]]))
         (tensor([[0.3000]]), tensor([[True]]))
     """
+    s = check_pairs(similarity, positives)
     log_weights = distance_log_weights(
-        similarity, positives, cutoff=cutoff, nonzero_cutoff=nonzero_cutoff, weight_dim=weight_dim
-    )
+        s, positives, cutoff=cutoff, nonzero_cutoff=nonzero_cutoff, weight_dim=weight_dim
+    )  # fmt: skip
     if noise is None:
-        noise = torch.rand(similarity.shape[0], 1, dtype=log_weights.dtype, device=similarity.device)
+        noise = torch.rand(s.shape[0], 1, dtype=log_weights.dtype, device=s.device)
+    else:
+        check_tensor("noise", noise, (s.shape[0], 1), device=s.device)
     drawn, found = draw(log_weights, noise)
-    return similarity.gather(1, drawn), found
+    return s.gather(1, drawn) * one_if_finite(s, noise), found
 
 
 def every_negative_weights(similarity: Tensor, positives: Tensor) -> Tensor:
@@ -88,7 +97,8 @@ def every_negative_weights(similarity: Tensor, positives: Tensor) -> Tensor:
         >>> every_negative_weights(torch.zeros(1, 3), torch.tensor([[True, False, False]]))
         tensor([[0., 1., 1.]])
     """
-    return (~positives).to(similarity.dtype)
+    s = check_pairs(similarity, positives)
+    return (~positives).to(s.dtype) * one_if_finite(s)
 
 
 def expected_negative_weights(
@@ -109,7 +119,8 @@ def expected_negative_weights(
         similarity, positives, cutoff=cutoff, nonzero_cutoff=nonzero_cutoff, weight_dim=weight_dim
     )
     found = (log_weights > -torch.inf).any(dim=1, keepdim=True)
-    return torch.where(found, torch.where(found, log_weights, 0).softmax(dim=1), 0)
+    weights = torch.where(found, torch.where(found, log_weights, 0).softmax(dim=1), 0)
+    return weights * one_if_finite(check_pairs(similarity, positives))
 
 
 def distance_log_weights(
@@ -129,12 +140,20 @@ def distance_log_weights(
         >>> distance_log_weights(torch.tensor([[1.0, 0.0]]), torch.tensor([[True, False]]), weight_dim=3)
         tensor([[   -inf, -0.3466]])
     """
-    s = similarity.detach()
+    s = check_pairs(similarity, positives).detach()
+    check_weight_options(cutoff, nonzero_cutoff, weight_dim)
     distance = (2 - 2 * s).clamp(min=0).sqrt().clamp(min=cutoff)
     # 1 − d²/4 is 0 at d = 2, where only nonzero_cutoff = 2 looks, and below 0 by rounding
     rest = (1 - distance.square() / 4).clamp(min=torch.finfo(s.dtype).eps)
     log_w = (2 - weight_dim) * distance.log() - (weight_dim - 3) / 2 * rest.log()
-    return log_w.masked_fill(positives | (distance >= nonzero_cutoff), -torch.inf)
+    return log_w.masked_fill(positives | (distance >= nonzero_cutoff), -torch.inf) * one_if_finite(s)
+
+
+def check_weight_options(cutoff: float, nonzero_cutoff: float, weight_dim: int) -> None:
+    check_constant("cutoff", cutoff, above=0, below=2)
+    check_constant("nonzero_cutoff", nonzero_cutoff, above=cutoff, maximum=2)
+    if not torch.compiler.is_compiling():  # a symbol there
+        check_int("weight_dim", weight_dim, minimum=2, maximum=2**31)
 
 
 def draw(log_weights: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from hrem_layers._core.batch import Batch, find_positives, pair_ids
@@ -40,15 +41,17 @@ class Pairs(NamedTuple):
         if self.streamed and callable(stream) and not callable(getattr(pair_loss, "negative_sampling", None)):
             return self._stream(name, stream, image, text)
         similarity = cosine_matrix(image, text) if similarity is None else similarity
-        return _check_scalar(name, pair_loss(similarity, self.matrix()))
+        return check_scalar(name, pair_loss(similarity, self.matrix()), image.device)
 
     def _stream(self, name: str, stream: Callable[..., object], image: Tensor, text: Tensor) -> Tensor:
         positives, exchange = self._positives(), self.exchange
         if isinstance(exchange, Alone):
-            return _check_scalar(name, stream(image, text, normalize=False, **positives))
+            return check_scalar(name, stream(image, text, normalize=False, **positives), image.device)
         own = {f"{side}_rows": exchange.own(side, x.shape[0]) for side, x in (("image", image), ("text", text))}
         image, text = exchange.share_rows("image", image), exchange.share_rows("text", text)
-        return exchange.add_up(_check_scalar(name, stream(image, text, normalize=False, **positives, **own)))
+        return exchange.add_up(
+            check_scalar(name, stream(image, text, normalize=False, **positives, **own), image.device)
+        )
 
     def _positives(self) -> dict[str, Tensor]:
         b = self.batch
@@ -58,8 +61,10 @@ class Pairs(NamedTuple):
         return {"image_ids": ids.image, "text_ids": ids.text}
 
 
-def _check_scalar(name: str, loss: object) -> Tensor:
+def check_scalar(name: str, loss: object, device: torch.device) -> Tensor:
     if not isinstance(loss, Tensor) or loss.dim() or not loss.dtype.is_floating_point:
         got = describe(loss) if isinstance(loss, Tensor) else said(loss)
         raise TypeError(f"{name} must return a scalar tensor, got {got}")
+    if loss.device != device:
+        raise ValueError(f"{name} must return a scalar on {device}, got {describe(loss)}")
     return loss

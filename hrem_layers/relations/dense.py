@@ -12,7 +12,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hrem_layers._core.checks import check_bool_tensor, check_choice, check_index_tensor, check_tensor, said
+from hrem_layers._core.checks import (
+    check_bool_tensor,
+    check_choice,
+    check_index_tensor,
+    check_number,
+    check_tensor,
+    said,
+)
 from hrem_layers._core.numerics import autocast_off, compute_dtype, tie_tolerance
 from hrem_layers.relations.neighbors import exact_units
 
@@ -97,6 +104,8 @@ class RelationGraph(NamedTuple):
 
 
 def _attention_bias(connection: Tensor, relevance: Tensor, relation_weight: float) -> Tensor:
+    if not torch.compiler.is_compiling():  # a symbol there
+        check_number("relation_weight", relation_weight)
     return torch.where(connection, relation_weight * relevance, -torch.inf)
 
 
@@ -134,6 +143,16 @@ class Cosines(NamedTuple):
     """(N, M)."""
 
 
+def check_cosines(cosines: object, n: int, m: int, device: torch.device) -> None:
+    """Raises TypeError or ValueError unless these are the cosines of ``n`` images and ``m`` texts, or None."""
+    if cosines is None:
+        return
+    if not isinstance(cosines, Cosines):
+        raise TypeError(f"cosines must be what pair_cosines returns, or None, got {said(cosines)}")
+    for name, x, shape in zip(Cosines._fields, cosines, ((n, n), (m, m), (n, m)), strict=True):
+        check_tensor(f"cosines.{name}", x, shape, device=device)
+
+
 def pair_cosines(image_embedding: Tensor, text_embedding: Tensor) -> Cosines:
     """Cosines of embeddings (N, D) and (M, D) of any length: three products, which everything else goes by.
 
@@ -141,6 +160,8 @@ def pair_cosines(image_embedding: Tensor, text_embedding: Tensor) -> Cosines:
         >>> pair_cosines(torch.tensor([[3.0, 0.0]]), torch.tensor([[0.0, 2.0], [1.0, 0.0]])).across
         tensor([[0., 1.]], dtype=torch.float64)
     """
+    check_tensor("image_embedding", image_embedding, ("N", "D"))
+    check_tensor("text_embedding", text_embedding, ("M", image_embedding.shape[1]), device=image_embedding.device)
     with autocast_off(image_embedding.device):
         x, y = exact_units(image_embedding), exact_units(text_embedding)
         return Cosines(x @ x.t(), y @ y.t(), x @ y.t())

@@ -16,7 +16,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from hrem_layers._core.checks import describe
+from hrem_layers._core.checks import DTYPES, describe
 from hrem_layers.sampler.arrays import Ints
 
 Features = npt.NDArray[np.floating[Any]] | Tensor
@@ -31,7 +31,7 @@ def check_features(image_features: object) -> tuple[int, int]:
     wanted = "image_features must be a floating-point numpy array or CPU tensor of shape (images, dimensions)"
     if isinstance(image_features, Tensor):
         said = describe(image_features)
-        floating = image_features.dtype.is_floating_point
+        floating = image_features.dtype in DTYPES and not image_features.is_quantized
         if image_features.is_nested or image_features.device.type != "cpu" or image_features.layout != torch.strided:
             raise ValueError(f"{wanted}, got {said}")
     elif isinstance(image_features, np.ndarray) and not isinstance(image_features, np.ma.MaskedArray):

@@ -1,0 +1,15 @@
+"""Corners of the sampler that faults put into it have shown to be untested."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from hrem_layers.sampler.arrays import sort_by
+
+
+@pytest.mark.parametrize(("bits", "order"), [(50, [0, 1]), (51, [0, 1]), (52, [1, 0])])
+def test_from_twelve_leading_bits_of_the_last_key_on_the_rest_does_not_count(bits, order):
+    """Two items need a bit for the index; the last key is told apart by its lowest bit alone."""
+    found = sort_by([(np.zeros(2, np.int64), 2**bits)], np.array([1, 0], np.uint64))
+    assert found.tolist() == order
