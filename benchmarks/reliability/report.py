@@ -137,8 +137,8 @@ def dtypes() -> str:
         "gradient is another one, not an inexact one. (For the alignment alone: `python benchmarks/dtype_error.py`.) "
         "Where only the inputs are of a half type, what goes out is rounded to it, and nothing else is. Where "
         "the weights or "
-        "autocast are bfloat16, the interaction is computed in it: the gradient of its weights, a sum of terms that "
-        "nearly cancel, is then inexact by some percent. Keep the weights of the loss in float32.",
+        "autocast are bfloat16, the interaction is computed in it: the gradient of its weights is "
+        "then inexact by some percent; which step loses it was not traced. Keep the weights of the loss in float32.",
         table(
             ["interaction", "dtype", "total", "gradient of embeddings", "gradient of weights", "other edges"],
             [[x["mechanism"], x["dtype"], *(f"{x[f'{k}_median']:.0e}, {x[f'{k}_largest']:.0e}"
