@@ -74,17 +74,20 @@ def choose_threads(arguments: argparse.Namespace) -> None:
 def data_folder(arguments: argparse.Namespace) -> Path:
     if arguments.data_dir is not None:
         return arguments.data_dir
-    from emoji_pairs import prepare_emoji_pairs
+    from emoji_scenes import prepare_emoji_scenes
 
     if processes.is_main():
-        prepare_emoji_pairs(arguments.cache_dir.expanduser())
+        prepare_emoji_scenes(arguments.cache_dir.expanduser())
     processes.wait()
-    return prepare_emoji_pairs(arguments.cache_dir.expanduser(), progress=False)
+    return prepare_emoji_scenes(arguments.cache_dir.expanduser(), progress=False)
 
 
 def open_splits(arguments: argparse.Namespace, data: Path, *splits: str) -> list[Pairs]:
     """The splits, and all of those that are only read at the end of an epoch or of the run."""
-    opened = [load_pairs(data, split, arguments.captions_per_image) for split in splits]
+    for name in arguments.captions[1:]:
+        if not any((data / f"{split}_{name}.txt").is_file() for split in splits):
+            raise ValueError(f"--captions {name}: expected {splits[0]}_{name}.txt in {data}, or one of another split")
+    opened = [load_pairs(data, split, arguments.captions_per_image, arguments.captions) for split in splits]
     for pairs in opened[1:]:
         if pairs.features.shape[2] != opened[0].features.shape[2]:
             raise ValueError(
@@ -161,8 +164,8 @@ def evaluate_only(arguments: argparse.Namespace, device: torch.device) -> None:
     first = states[0][1]["arguments"]
     if arguments.data_dir is None and first["data_dir"] is not None:
         arguments.data_dir = Path(first["data_dir"])
-    if "captions_per_image" not in arguments.given:
-        arguments.captions_per_image = first["captions_per_image"]
+    for key in {"captions_per_image", "captions"} - arguments.given:
+        setattr(arguments, key, first[key])
     data, split = data_folder(arguments), arguments.test_split
     (pairs,) = open_splits(arguments, data, split)
     check_test_split(arguments, pairs)
