@@ -16,6 +16,7 @@ import interrupt  # isort: skip
 
 import argparse
 import contextlib
+import glob
 import importlib
 import os
 import sys
@@ -85,8 +86,8 @@ def data_folder(arguments: argparse.Namespace) -> Path:
 def open_splits(arguments: argparse.Namespace, data: Path, *splits: str) -> list[Pairs]:
     """The splits, and all of those that are only read at the end of an epoch or of the run."""
     for name in arguments.captions[1:]:
-        if not any((data / f"{split}_{name}.txt").is_file() for split in splits):
-            raise ValueError(f"--captions {name}: expected {splits[0]}_{name}.txt in {data}, or one of another split")
+        if not any(data.glob(f"*_{glob.escape(name)}.txt")):
+            raise ValueError(f"--captions {name}: expected train_{name}.txt, or that of another split, in {data}")
     opened = [load_pairs(data, split, arguments.captions_per_image, arguments.captions) for split in splits]
     for pairs in opened[1:]:
         if pairs.features.shape[2] != opened[0].features.shape[2]:

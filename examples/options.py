@@ -19,7 +19,7 @@ RELEASE = {
     "residual": False,
 }  # fmt: skip
 DEMO = {
-    "epochs": 6, "batch_size": 128, "embed_dim": 256, "num_heads": 8, "lr": 1e-3, "lr_steps": [4],
+    "epochs": 6, "batch_size": 128, "embed_dim": 128, "num_heads": 4, "lr": 2e-3, "lr_steps": [5],
     "warmup_steps": 100, "vocabulary_min_count": 1, "checkpoint_every": 50, "text_encoder": "bigru",
     "open_vocabulary": True, "word_lr_factor": 0.2, "pair_loss": "infonce", "alignment": "cosine",
     "residual": True,
