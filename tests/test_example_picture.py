@@ -140,3 +140,21 @@ def test_the_picture_says_whose_the_art_is_and_what_chance_is(data: Path, tmp_pa
                      "best:", "typical:", "worst:", "true:", "✓", "✗"):  # fmt: skip
         assert expected in said, expected
     assert (tmp_path / "p.png").stat().st_size > 10_000
+
+
+def test_seeds_are_summed_up_by_mean_and_range(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    import seeds
+
+    for mechanism, rise in (("fusion", 10.0), ("none", 0.0)):
+        for seed, value in enumerate((20.0, 23.0)):
+            folder = tmp_path / f"{mechanism}-{seed}"
+            folder.mkdir()
+            test = {"i2t_r1": value + rise, "t2i_r1": value, "rsum": 200.0}
+            (folder / "metrics.json").write_text(json.dumps({"test": test}))
+    seeds.main(["--seeds", "0", "1", "--output-dir", str(tmp_path)])
+    said = capsys.readouterr().out
+    assert "| `fusion` | 31.5 (30.0 to 33.0) | 21.5 (20.0 to 23.0) | 200.0 (200.0 to 200.0) | 2 |" in said
+    assert "| `none` | 21.5 (20.0 to 23.0) |" in said
+    with pytest.raises(SystemExit) as ended:
+        seeds.main(["--seeds", "7", "--output-dir", str(tmp_path), "--epochs", "0"])
+    assert ended.value.code == 2
