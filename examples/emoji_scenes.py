@@ -4,7 +4,8 @@
 
 The things are emoji of animals, plants and food, drawn by two groups of artists and named by many people in packages
 that pip installs. A scene puts a few of them beside one another, each by either artist, turned and scaled at random;
-its captions join what people call them. The folder has the precomputed form that flickr30k.py reads, with ragged regions in float16:
+its captions join what people call them. The folder has the precomputed form that flickr30k.py reads, with ragged
+regions in float16:
 
     {train,dev,test}_ims.npy      (n, 4, 704) float16: a row per thing, as a faultless detector would find them
     {train,dev,test}_lengths.npy  (n,): how many things there are

@@ -1,6 +1,6 @@
 """Train an image-text retrieval model with relation modelling, and print its R@K table.
 
-    python examples/flickr30k.py                                    # on emoji that pip installs, in minutes
+    python examples/flickr30k.py                                    # on scenes of emoji, in minutes
     python examples/flickr30k.py --data-dir data/f30k_precomp       # on Flickr30K, the release's settings
     python examples/flickr30k.py --data-dir data/coco_precomp --test-split testall --nonzero-cutoff 1.9
     torchrun --nproc-per-node 2 examples/flickr30k.py ...           # on several processes
