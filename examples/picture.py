@@ -82,7 +82,7 @@ def draw(
     to_image = find(texts, images, text_ids, image_ids, IMAGES_SHOWN)
     figure = plt.figure(figsize=(14, 17.5), layout="constrained")
     figure.suptitle(
-        f"{len(images)} images and {len(texts)} captions that training never saw: the right answer comes first for "
+        f"{len(images)} images and {len(texts)} captions that training never saw\nthe right answer comes first for "
         f"{metrics.i2t.r1:.0f}% of the images and {metrics.t2i.r1:.0f}% of the captions "
         f"(at random: {100 / len(images):.1f}%)",
         fontsize=13, weight="bold",
@@ -90,7 +90,8 @@ def draw(
     above, left, right, below = figure.subfigures(4, 1, height_ratios=[3.6, 6.4, 6.4, 0.35])
     curves = above.subplots(1, 3)
     draw_losses(curves[0], history, warmup_steps)
-    draw_recalls(curves[1], history, chance=100 / history[0]["dev_images"] if "dev_images" in history[0] else None)
+    sizes = [entry["dev_images"] for entry in history if "dev_images" in entry]  # older checkpoints do not say
+    draw_recalls(curves[1], history, chance=100 / sizes[0] if sizes else None)
     draw_positions(curves[2], to_text, to_image, len(images), len(texts))
     show_captions(left, pairs, to_text, pictures)
     show_images(right, pairs, to_image, text_ids.numpy(), pictures)
@@ -162,18 +163,20 @@ def show_captions(figure: Any, pairs: Pairs, found: Found, pictures: np.ndarray 
             lines.append((f"{mark}  {pairs.captions[caption]}", colour))
         for place, (line, colour) in enumerate(lines):
             text.text(
-                0, 0.92 - 0.21 * place, textwrap.shorten(line, 74, placeholder=" ..."), color=colour, va="center",
+                0, 0.92 - 0.21 * place, textwrap.shorten(line, 84, placeholder=" ..."), color=colour, va="center",
                 fontsize=9.5, style="italic" if place == 0 else "normal",
             )  # fmt: skip
 
 
 def show_images(figure: Any, pairs: Pairs, found: Found, text_ids: np.ndarray, pictures: np.ndarray | None) -> None:
     """Captions as queries: the true image, and the images found."""
-    figure.suptitle("From a caption to its image (the true one left of the line)", fontsize=12, weight="bold")
+    figure.suptitle(
+        "From a caption to its image (the true one first, in black; then what was found)", fontsize=12, weight="bold"
+    )
     chosen = choose(found.positions)
     parts = figure.subfigures(len(chosen), 1)
     for part, (kind, caption) in zip(np.atleast_1d(parts), chosen, strict=True):
-        grid = part.subplots(1, IMAGES_SHOWN + 2, width_ratios=[5.6, *[1] * (IMAGES_SHOWN + 1)])
+        grid = part.subplots(1, IMAGES_SHOWN + 2, width_ratios=[4.6, *[1] * (IMAGES_SHOWN + 1)])
         for axes in grid:
             axes.set(xticks=[], yticks=[])
         grid[0].axis("off")
