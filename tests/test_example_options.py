@@ -59,8 +59,8 @@ OUT_OF_RANGE = {
     "--log-every": ["-1", "x"],
 }
 NO_RANGE = {
-    "--data-dir", "--cache-dir", "--output-dir", "--five-fold", "--save-embeddings", "--bert", "--word-vectors", "--open-vocabulary",
-    "--resume", "--eval-only", "--help", "--residual",
+    "--data-dir", "--cache-dir", "--output-dir", "--five-fold", "--save-embeddings", "--bert",
+    "--word-vectors", "--open-vocabulary", "--resume", "--eval-only", "--help", "--residual",
 }  # fmt: skip
 
 
