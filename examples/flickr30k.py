@@ -1,6 +1,6 @@
 """Train an image-text retrieval model with relation modelling, and print its R@K table.
 
-    python examples/flickr30k.py                                    # on emoji that pip installs, in minutes
+    python examples/flickr30k.py                                    # on scenes of emoji, in minutes
     python examples/flickr30k.py --data-dir data/f30k_precomp       # on Flickr30K, the release's settings
     python examples/flickr30k.py --data-dir data/coco_precomp --test-split testall --nonzero-cutoff 1.9
     torchrun --nproc-per-node 2 examples/flickr30k.py ...           # on several processes
@@ -17,6 +17,7 @@ import interrupt  # isort: skip
 
 import argparse
 import contextlib
+import glob
 import importlib
 import os
 import sys
@@ -76,17 +77,20 @@ def choose_threads(arguments: argparse.Namespace) -> None:
 def data_folder(arguments: argparse.Namespace) -> Path:
     if arguments.data_dir is not None:
         return arguments.data_dir
-    from emoji_pairs import prepare_emoji_pairs
+    from emoji_scenes import prepare_emoji_scenes
 
     if processes.is_main():
-        prepare_emoji_pairs(arguments.cache_dir.expanduser())
+        prepare_emoji_scenes(arguments.cache_dir.expanduser())
     processes.wait()
-    return prepare_emoji_pairs(arguments.cache_dir.expanduser(), progress=False)
+    return prepare_emoji_scenes(arguments.cache_dir.expanduser(), progress=False)
 
 
 def open_splits(arguments: argparse.Namespace, data: Path, *splits: str) -> list[Pairs]:
     """The splits, and all of those that are only read at the end of an epoch or of the run."""
-    opened = [load_pairs(data, split, arguments.captions_per_image) for split in splits]
+    for name in arguments.captions[1:]:
+        if not any(data.glob(f"*_{glob.escape(name)}.txt")):
+            raise ValueError(f"--captions {name}: expected train_{name}.txt, or that of another split, in {data}")
+    opened = [load_pairs(data, split, arguments.captions_per_image, arguments.captions) for split in splits]
     for pairs in opened[1:]:
         if pairs.features.shape[2] != opened[0].features.shape[2]:
             raise ValueError(
@@ -165,8 +169,8 @@ def evaluate_only(arguments: argparse.Namespace, device: torch.device) -> None:
     first = states[0][1]["arguments"]
     if arguments.data_dir is None and first["data_dir"] is not None:
         arguments.data_dir = Path(first["data_dir"])
-    if "captions_per_image" not in arguments.given:
-        arguments.captions_per_image = first["captions_per_image"]
+    for key in {"captions_per_image", "captions"} - arguments.given:
+        setattr(arguments, key, first[key])
     data, split = data_folder(arguments), arguments.test_split
     (pairs,) = open_splits(arguments, data, split)
     check_test_split(arguments, pairs)

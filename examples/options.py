@@ -13,7 +13,7 @@ from ranges import SHARE, Integer, Number, Word, check_device, check_value
 from hrem_layers.tools import release
 
 # What an option is if it is not given: with --data-dir what the authors' release uses on Flickr30K; without,
-# what suits a thousand emoji on two CPU cores.
+# what suits scenes of emoji on two CPU cores.
 TRAINING, PAIRS = release.SETTINGS["training"], release.SETTINGS["pair_loss"]
 RELEASE = {
     **{key: TRAINING[key] for key in ("epochs", "batch_size", "embed_dim", "lr", "text_encoder")},
@@ -24,7 +24,7 @@ RELEASE = {
     "vocabulary_min_count": 4, "checkpoint_every": 500, "open_vocabulary": False, "word_lr_factor": 1.0,
 }  # fmt: skip
 DEMO = {
-    "epochs": 6, "batch_size": 128, "embed_dim": 256, "num_heads": 8, "lr": 1e-3, "lr_steps": [4],
+    "epochs": 6, "batch_size": 128, "embed_dim": 128, "num_heads": 4, "lr": 2e-3, "lr_steps": [5],
     "warmup_steps": 100, "vocabulary_min_count": 1, "checkpoint_every": 50, "text_encoder": "bigru",
     "open_vocabulary": True, "word_lr_factor": 0.2, "pair_loss": "infonce", "alignment": "cosine",
     "residual": True,
@@ -33,13 +33,13 @@ DEMO = {
 # themselves are compared by their content.
 MAY_DIFFER = {
     "resume", "output_dir", "data_dir", "cache_dir", "device", "num_workers", "checkpoint_every", "log_every",
-    "step_timeout", "eval_only", "threads", "bert", "epochs", "test_split", "five_fold",
+    "step_timeout", "eval_only", "threads", "bert", "epochs", "test_split", "five_fold", "save_embeddings",
     "init_from",
 }  # fmt: skip
 # Options that count with --eval-only; all others come from the checkpoint
 EVALUATION = {
     "eval_only", "data_dir", "cache_dir", "output_dir", "test_split", "five_fold", "bert", "batch_size", "device",
-    "amp", "num_workers", "step_timeout", "threads", "captions_per_image",
+    "amp", "num_workers", "step_timeout", "threads", "captions_per_image", "captions", "save_embeddings",
 }  # fmt: skip
 
 
@@ -63,11 +63,14 @@ def make_parser() -> Parser:
             default = f" [{options['default']}]"
         parser.add_argument(name, help=text + default.replace("%", "%%"), **options)
 
-    add("--data-dir", "folder with {train,dev,test}_ims.npy and _caps.txt; without it: emoji", type=Path)
+    add("--data-dir", "folder with {train,dev,test}_ims.npy and _caps.txt; without it: scenes of emoji", type=Path)
     add("--cache-dir", "where the emoji features are kept", type=Path, default=Path("~/.cache/hrem-layers"))
     add("--output-dir", "where everything is written [a new folder in runs/]", type=Path)
     add("--test-split", "split of the final evaluation (COCO 5K: testall)", default="test", type=Word())
     add("--captions-per-image", "captions per image in the files", type=Integer(1), default=5)
+    add("--captions", "names of the lists {split}_NAME.txt; the first is read for each split, more where they are",
+        nargs="+", metavar="NAME", type=Word(), default=["caps"])  # fmt: skip
+    add("--save-embeddings", "also write the embeddings of the test split, as .npy", action="store_true")
     add("--five-fold", "also the mean over five folds of the test split (COCO's 1K protocol)", action="store_true")
 
     add("--text-encoder", "recurrent on a vocabulary of the training captions, or BERT", choices=["bigru", "bert"])

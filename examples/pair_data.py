@@ -4,7 +4,8 @@ A folder holds, for every split, ``{split}_ims.npy`` (n, R, F), the features of 
 and ``{split}_caps.txt``, a caption per line, the captions of one image together. In some distributions of the
 data the rows of dev and test are repeated once per caption; then rows = captions, and every fifth is kept.
 If there is a ``{split}_ids.npy`` (n,), images with equal ids show the same thing: positives of one another. If there
-is a ``{split}_lengths.npy`` (rows,), only so many regions of a row are real, the first.
+is a ``{split}_lengths.npy`` (rows,), only so many regions of a row are real, the first. Further lists of captions may
+stand beside ``_caps.txt``.
 """
 
 from __future__ import annotations
@@ -75,13 +76,19 @@ class Pairs(NamedTuple):
         }
 
 
-def load_pairs(folder: Path, split: str, captions_per_image: int = 5) -> Pairs:
+def load_pairs(folder: Path, split: str, captions_per_image: int = 5, lists: Sequence[str] = ("caps",)) -> Pairs:
     """Opens one split of ``folder`` and checks that its files fit each other.
+
+    Args:
+        captions_per_image: in the first list. Each further list has the same number of captions for every image too,
+            which its length tells.
+        lists: the captions are those of ``{split}_{name}.txt``; the first must be there, of the others those count
+            that are. ``captions`` of the result holds the captions of an image together, list by list.
 
     Raises:
         DataError: a file is missing, unreadable, or has the wrong shape or number of rows or an empty caption.
     """
-    features_path, captions_path = folder / f"{split}_ims.npy", folder / f"{split}_caps.txt"
+    features_path, captions_path = folder / f"{split}_ims.npy", folder / f"{split}_{lists[0]}.txt"
     check_is_file(features_path)
     check_is_file(captions_path)
     captions = read_captions(captions_path)
@@ -101,6 +108,9 @@ def load_pairs(folder: Path, split: str, captions_per_image: int = 5) -> Pairs:
             f"{len(features)} rows",
         )
     rows_per_image = len(features) // images
+    more = [path for name in lists[1:] if (path := folder / f"{split}_{name}.txt").is_file()]
+    captions = _join(captions, [(path, read_captions(path)) for path in more], images)
+    captions_per_image = len(captions) // images
     if rows_per_image > 1:
         _check_repeated(features, rows_per_image)
     ids_path, lengths_path = folder / f"{split}_ids.npy", folder / f"{split}_lengths.npy"
@@ -113,6 +123,21 @@ def load_pairs(folder: Path, split: str, captions_per_image: int = 5) -> Pairs:
                 lengths_path, f"numbers of regions from 1 to {features.shape[1]}", f"{lengths.min()} to {lengths.max()}"
             )
     return Pairs(features, captions, captions_per_image, rows_per_image, ids, lengths, features_path)
+
+
+def _join(captions: list[str], more: Sequence[tuple[Path, list[str]]], images: int) -> list[str]:
+    """Image by image, what all lists say of it."""
+    for path, lines in more:
+        if not lines or len(lines) % images:
+            raise misfit(path, f"as many captions for each of {images} images", f"{len(lines)} lines")
+    every = [captions, *(lines for _, lines in more)]
+    sizes = [len(lines) // images for lines in every]
+    return [
+        line
+        for i in range(images)
+        for lines, k in zip(every, sizes, strict=True)
+        for line in lines[i * k : (i + 1) * k]
+    ]
 
 
 def _check_repeated(features: Features, times: int) -> None:

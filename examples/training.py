@@ -122,7 +122,7 @@ def end_epoch(
     loss, base_loss = (run.loss_sums[name] / run.step for name in ("total", "base"))
     run.history.append({
         "epoch": run.epoch + 1, "steps": run.step, "loss": loss, "base_loss": base_loss,
-        "relational_loss": loss - base_loss, "dev": metrics.as_dict(),
+        "relational_loss": loss - base_loss, "dev": metrics.as_dict(), "dev_images": dev_pairs.num_images,
     })  # fmt: skip
     is_best = run.best is None or metrics.rsum > run.best["rsum"]
     if is_best:

@@ -9,6 +9,7 @@ from pathlib import Path
 import emoji_pairs
 import numpy as np
 import pytest
+from data_cache import is_whole
 from emoji_captions import (
     CAPTIONS,
     Captioned,
@@ -24,7 +25,7 @@ from emoji_captions import (
     split_families,
 )
 from emoji_features import DRAWINGS, feature_shape, require_packages
-from emoji_pairs import Recipe, check_split, choose_drawings, is_whole, prepare_emoji_pairs
+from emoji_pairs import Recipe, check_split, choose_drawings, prepare_emoji_pairs
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pair_data import load_pairs
@@ -230,7 +231,7 @@ def builds(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
         (folder / "metadata.json").write_text(json.dumps({**made_from, "files": {"data": 5}}))
 
     monkeypatch.setattr(emoji_pairs, "build", build)
-    monkeypatch.setattr(emoji_pairs, "require_packages", lambda: None)
+    monkeypatch.setattr(emoji_pairs, "require_packages", lambda **_: None)
     monkeypatch.setattr(emoji_pairs, "package_versions", lambda: {"emoji": "2"})
     return done
 
@@ -302,7 +303,7 @@ def test_the_picture_size_is_a_multiple_of_the_stride(size: int) -> None:
 def packages() -> None:
     # not importorskip: the packages that are only folders of files to us need not be importable
     try:
-        require_packages()
+        require_packages(network=True)
     except ImportError as error:
         pytest.skip(str(error))
 

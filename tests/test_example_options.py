@@ -25,6 +25,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 OUT_OF_RANGE = {
     "--captions-per-image": ["0", "-1", "x", "2.5", ""],
     "--test-split": ["", " ", "../test", "a/b"],
+    "--captions": ["", " ", "../caps", "a/b"],
     "--text-encoder": ["lstm"],
     "--word-lr-factor": ["-0.1", "nan", "inf"],
     "--vocabulary-min-count": ["0", "-3"],
@@ -58,8 +59,8 @@ OUT_OF_RANGE = {
     "--log-every": ["-1", "x"],
 }
 NO_RANGE = {
-    "--data-dir", "--cache-dir", "--output-dir", "--five-fold", "--bert", "--word-vectors", "--open-vocabulary",
-    "--resume", "--eval-only", "--init-from", "--help", "--residual",
+    "--data-dir", "--cache-dir", "--output-dir", "--five-fold", "--save-embeddings", "--bert",
+    "--word-vectors", "--open-vocabulary", "--resume", "--eval-only", "--init-from", "--help", "--residual",
 }  # fmt: skip
 
 
@@ -134,7 +135,7 @@ def test_what_the_data_do_not_allow_is_said_before_training(
 
 def test_five_folds_of_too_few_images(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data = write_folder(tmp_path / "data", train=16, dev=4, test=4)
-    line = refused(command(data, tmp_path / "run", "--five-fold"), capsys)
+    line = refused(command(data, tmp_path / "run", "--five-fold", "--save-embeddings"), capsys)
     assert "--five-fold: expected at least 5 images in the test split, found 4" in line
 
 
