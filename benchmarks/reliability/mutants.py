@@ -46,7 +46,8 @@ COMMON = ("test_checks", "test_golden", "test_mutants*")
 AREAS = {
     "sampler": ("test_sampler", "test_sampler_orders", "test_clustering", "test_mutants*"),
     "retrieval": ("test_retrieval*", *COMMON),
-    "losses": ("test_streamed_losses", "test_negatives", "test_pair_losses", "test_infonce", "test_sigmoid", "test_triplet", *COMMON),
+    "losses": ("test_streamed_losses", "test_negatives",
+                "test_pair_losses", "test_infonce", "test_sigmoid", "test_triplet", *COMMON),
     "graph.py": ("test_graph", "test_candidates", *COMMON),
     "relations": ("test_graph", "test_sparse", "test_candidates", "test_interaction", *COMMON),
     "interaction.py": ("test_interaction", "test_candidates", *COMMON),
