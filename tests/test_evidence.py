@@ -235,7 +235,62 @@ def test_graph_quality_of_pairs_that_share_their_fragments(data, monkeypatch):
     assert all(-1 <= x <= 1 for x in found.values()) and json.dumps(found)
 
 
-@pytest.mark.parametrize("start", ["base", "library", "residual", "centred", "zero", "tenth"])
+@pytest.mark.parametrize("start", ["base", "again", "library", "residual", "centred", "zero", "tenth"])
 def test_every_start_of_the_study_of_collapse_trains(data, start):
     got = collapse.train_start(data, start, "hardest-mean", lr=1e-3, clip=2, seed=0, steps=2, batch=16)
-    assert 0 <= got["rsum"] <= 600 and math.isnan(got["cosine"]) == (start == "base")
+    assert 0 <= got["rsum"] <= 600 and math.isnan(got["cosine"]) == (start in ("base", "again"))
+
+
+def test_starts_of_a_seed_see_the_same_batches(data, monkeypatch):
+    seen = {}
+    for start in ("base", "again", "library"):
+        batches = seen.setdefault(start, [])
+
+        class Watched(Pair):
+            def forward(self, images, tokens, batches=batches):
+                batches.append(images.sum().item())
+                return super().forward(images, tokens)
+
+        monkeypatch.setattr(collapse, "Pair", Watched)
+        collapse.train_start(data, start, "hardest-mean", lr=1e-3, clip=0, seed=3, steps=7, batch=16)
+    assert len(set(seen["base"])) > 1 and seen["base"] == seen["again"] == seen["library"]
+
+
+def grid(tmp_path, folder, *more):
+    out = tmp_path / "c.csv"
+    collapse.main(
+        ["--data", str(folder), "--pairs", "hardest-mean", "infonce", "--lrs", "1e-3", "--seeds", "0", "--steps", "2",
+         "--batch", "16", "--out", str(out), *more]
+    )  # fmt: skip
+    return list(csv.DictReader(out.read_text().splitlines()))
+
+
+def test_grid_of_collapse_is_resumed_and_repeats_no_training_that_nothing_was_clipped_in(tmp_path, folder, monkeypatch):
+    monkeypatch.setattr(collapse, "load", lambda path, captions: load(path, 1))
+    lines = grid(tmp_path, folder)
+    assert len(lines) == 8 and len({tuple(x[k] for k in collapse.KEY) for x in lines}) == 8
+    for x in lines:
+        assert (x["seconds"] == "0") == (x["clip"] == "2" and float(x["norm"]) < 1.98)
+    with (tmp_path / "c.csv").open("a") as file:
+        file.write("half a li")
+    assert grid(tmp_path, folder) == lines
+
+
+def test_copied_line_is_what_the_training_with_clipping_gives(data):
+    free, clipped = (
+        collapse.train_start(data, "library", "hardest-mean", lr=1e-3, clip=clip, seed=0, steps=3, batch=16)
+        for clip in (0, 1e6)
+    )
+    assert free == clipped
+
+
+def test_summary_of_collapse_by_hand(capsys, tmp_path):
+    def lines(start, totals, lr="0.001"):
+        values = dict.fromkeys(collapse.COLUMNS, "0") | {"data": "d", "pair": "infonce", "lr": lr, "start": start}
+        return [values | {"seed": str(i), "rsum": str(x)} for i, x in enumerate(totals)]
+
+    found = [*lines("base", [100, 200]), *lines("library", [90, 220]), *lines("library", [1], lr="0.1")]
+    assert collapse.ratios(found, "d", "library") == {("infonce", "0.001", "0", "0"): [0.9, 1.1]}
+    rows = [[c.strip() for c in row.split("|")[1:-1]] for row in collapse.summary(found)[2:]]
+    assert rows[0] == ["d", "`library`", "0.001", "1", "2", "1.000", "1.000", "0", "1", "0.900"]
+    assert rows[1] == ["d", "`library`", "all", *rows[0][3:]] and len(rows) == 2

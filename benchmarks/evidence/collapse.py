@@ -210,7 +210,7 @@ def main(argv: list[str] | None = None) -> None:
         begin = time.process_time()
         free = done.get((*key[:4], "0", *key[5:]))
         if free is not None and float(free["norm"]) < 0.99 * clip:  # nothing was clipped: the very same training
-            new = {**free, **dict(zip(KEY, key, strict=True)), "seconds": "0.0"}
+            new = {**free, **dict(zip(KEY, key, strict=True)), "seconds": "0"}
         else:
             got = train_start(data[d], start, pair, lr=lr, clip=clip, seed=seed, steps=a.steps, batch=a.batch)
             values = [f"{got['rsum']:.2f}", *(f"{got[k]:.3f}" for k in ("enhanced", "cosine", "norm"))]
