@@ -12,7 +12,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from benchmarks.evidence import collapse, families, read_test, store, synthetic, tables
+from benchmarks.evidence import collapse, effects, families, read_test, store, synthetic, tables
 from benchmarks.evidence.__main__ import draw_settings, label, run
 from benchmarks.evidence.graph_quality import measure, percentile_of_own
 from benchmarks.evidence.loaded import load
@@ -122,6 +122,28 @@ def test_split_keeps_families_whole_and_its_file_is_checked(tmp_path):
         families.read(tmp_path / "s.txt", [*names[:-1], "another"])
 
 
+def test_pictures_that_were_read_never_come_to_test(tmp_path):
+    random = np.random.default_rng(0)
+    group = random.integers(200, size=600)
+    names = [f"n{i}" for i in range(600)]
+    assert families.read_before(names, tmp_path / "none.txt") is None
+    (tmp_path / "read.txt").write_text("\n".join(names[:150]) + "\n")
+    read = families.read_before(names, tmp_path / "read.txt")
+    assert read.tolist() == [i < 150 for i in range(600)]
+    splits = families.split(group, dev=60, test=120, read=read)
+    touched = np.isin(group, group[read])
+    assert not (splits[touched] == "test").any() and touched[splits == "dev"].all()
+    assert (splits == "test").sum() >= 120 and (splits == "dev").sum() >= 60
+
+
+def test_icons_of_the_test_split_were_not_read_before():
+    held = [row.split("\t") for row in (families.SPLITS / "icons.txt").read_text().splitlines()[1:]]
+    test = {name for split, name in held if split == "test"}
+    read = set((families.SPLITS / "read" / "icons.txt").read_text().splitlines())
+    first = {row.split("\t")[1] for row in (families.SPLITS / "icons_split1.txt").read_text().splitlines()[1:]}
+    assert first <= read and len(test) >= 1000 and not test & read
+
+
 @pytest.mark.parametrize("path", sorted(families.SPLITS.glob("*.txt")), ids=lambda p: p.stem)
 def test_split_files_of_the_repository_are_sound(path):
     first, *rest = path.read_text(encoding="utf-8").splitlines()
@@ -205,6 +227,24 @@ def test_run_is_resumed_read_once_and_tabled(tmp_path, data, monkeypatch):
     d = tables.difference(store.read(results), "tiny", "relations", "test")
     assert f"{d.mean:+.1f} ± {d.half:.1f}" in page
     assert "| `base` | 2 |" in page and "near" in page and (tmp_path / "results.svg").stat().st_size > 0
+
+
+def test_combined_difference_by_hand():
+    def lines(data, row, totals):
+        return [
+            line(data=data, row=row, seed=i, split="test", metrics=dict.fromkeys(store.METRICS, float(x)))
+            for i, x in enumerate(totals)
+        ]
+
+    found = [
+        *lines("icons", "base", [10, 20, 30]), *lines("icons", "recipe", [12, 23, 34]),  # 2, 3, 4
+        *lines("stamps", "base", [5, 5]), *lines("stamps", "recipe", [9, 10]),  # 4, 5
+        *lines("icons_split1", "base", [0, 0]), *lines("icons_split1", "recipe", [90, 90]),
+    ]  # fmt: skip
+    sets, d = effects.combined(found, "recipe", "base", "test")
+    assert sets == ["icons", "stamps"] and (d.n, d.mean) == (2, 3.5)  # 3 and 4
+    assert effects.combined(found, "base_infonce", "base", "test") is None
+    assert "+3.5" in effects.effects_section(found)
 
 
 def test_missing_weights_and_rows_are_named(tmp_path, data):

@@ -194,7 +194,7 @@ def main(argv: list[str] | None = None) -> None:
     p.add_argument("--out", type=Path, default=store.HERE / "collapse.csv")
     p.add_argument("--summary", action="store_true", help="train nothing, print the table of what is there")
     a = p.parse_args(argv)
-    lines = _read(a.out)
+    lines = read(a.out)
     if a.summary:
         print("\n".join(summary(lines)))
         return
@@ -220,7 +220,7 @@ def main(argv: list[str] | None = None) -> None:
             file.write(",".join(new[k] for k in COLUMNS) + "\n")
 
 
-def _read(path: Path) -> list[dict[str, str]]:
+def read(path: Path) -> list[dict[str, str]]:
     """The lines of ``path``, none if there is no such file; one that a killed run left unfinished is cut off.
 
     Raises:
