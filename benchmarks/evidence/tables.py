@@ -25,6 +25,11 @@ the test split is read once per row (`benchmarks/evidence/readings.csv` logs whe
 difference that the experiment would have found with probability 0.8. The intervals cover the scatter of training
 seeds, for one choice of settings and one split; with many rows, one in twenty is off by chance.
 
+The form of the interaction (the residual) and the recipe were chosen on icons, on pictures that overlap the first test
+split of that source. So its test split was drawn anew, from families of which no picture had been in an earlier test or
+dev split or in the held-out part of that study (`splits/read/icons.txt` lists those); "first split" marks the tables
+from before. Test splits of openclipart and stamps were read after the choice, once per row.
+
 The data are drawings with names and keywords, frozen features of an ImageNet network and frozen word vectors below
 small trained encoders. They say nothing about the figures on Flickr30K or COCO.
 `python -m benchmarks.evidence --data FOLDER` makes the same table of any data in the field's precomputed form.
