@@ -5,6 +5,7 @@
     python examples/flickr30k.py --data-dir data/coco_precomp --test-split testall --nonzero-cutoff 1.9
     torchrun --nproc-per-node 2 examples/flickr30k.py ...           # on several processes
     python examples/flickr30k.py --eval-only runs/f30k/best.pt      # evaluate only; several: their ensemble
+    python examples/flickr30k.py --data-dir data/f30k_precomp --init-from model_best.pth     # the authors' encoders
 
 This file puts the parts together: the data, the model (retrieval_model.py), training (training.py), evaluation
 (evaluation.py). At inference the two encoders run alone: nothing of the relation modules is needed then.
@@ -21,6 +22,7 @@ import os
 import sys
 from pathlib import Path
 
+import authors_checkpoint
 import checkpoint
 import checkpoint_checks
 import processes
@@ -121,6 +123,8 @@ def train_and_evaluate(arguments: argparse.Namespace, device: torch.device, anno
             run_folder.check_same_data(resumed[0], resumed[1]["data"], fingerprint, data)
         torch.manual_seed(arguments.seed)
         built = build(arguments, train_pairs.features.shape[2], words)
+        if arguments.init_from and not resumed:
+            authors_checkpoint.start_from(arguments.init_from, built, arguments)
         run = Run(built, arguments, device, fingerprint)
         # the model starts the same on every process; what is drawn from here on is drawn by each for itself
         torch.manual_seed(arguments.seed + processes.rank())
@@ -155,7 +159,7 @@ def say_start(arguments: argparse.Namespace, run: Run, folder: Path, device: tor
 def evaluate_only(arguments: argparse.Namespace, device: torch.device) -> None:
     """One checkpoint, or several together. Models come from them, all about the evaluation from the command line."""
     choose_threads(arguments)
-    states = [(path, checkpoint.load(path)) for path in arguments.eval_only]
+    states = [(path, authors_checkpoint.load_any(path, arguments.data_dir)) for path in arguments.eval_only]
     for path, state in states:
         checkpoint_checks.check(path, state, to_go_on=False)
     first = states[0][1]["arguments"]
@@ -179,6 +183,7 @@ def evaluate_only(arguments: argparse.Namespace, device: torch.device) -> None:
         members.append(evaluate(built.model.to(device), pairs, built, saved, device, split))
         done = state["sampler"]["batches_done"]
         whose = f"encoders of epoch {state['sampler']['epoch']}" + (f" and {done} steps" if done else "")
+        whose = state.get("whose", whose)
         if len(states) > 1:
             processes.say(f"\n{path}, {whose}\n{members[-1].metrics.table()}")
     if len(states) == 1:

@@ -10,13 +10,18 @@ import processes
 from encoders import check_bert_folder
 from ranges import SHARE, Integer, Number, Word, check_device, check_value
 
+from hrem_layers.tools import release
+
 # What an option is if it is not given: with --data-dir what the authors' release uses on Flickr30K; without,
 # what suits a thousand emoji on two CPU cores.
+TRAINING, PAIRS = release.SETTINGS["training"], release.SETTINGS["pair_loss"]
 RELEASE = {
-    "epochs": 30, "batch_size": 128, "embed_dim": 1024, "num_heads": 16, "lr": 5e-4, "lr_steps": [15, 25],
-    "warmup_steps": 8000, "vocabulary_min_count": 4, "checkpoint_every": 500, "text_encoder": "bert",
-    "open_vocabulary": False, "word_lr_factor": 1.0, "pair_loss": "triplet", "alignment": "scan",
-    "residual": False,
+    **{key: TRAINING[key] for key in ("epochs", "batch_size", "embed_dim", "lr", "text_encoder")},
+    "lr_steps": list(TRAINING["lr_steps"]), "num_heads": release.SETTINGS["fragments"]["num_heads"],
+    "warmup_steps": release.SETTINGS["loss"]["warmup_steps"], "pair_loss": "triplet",
+    "alignment": release.SETTINGS["graph"]["alignment"], "residual": release.SETTINGS["interaction"]["residual"],
+    # of the script, not of the release
+    "vocabulary_min_count": 4, "checkpoint_every": 500, "open_vocabulary": False, "word_lr_factor": 1.0,
 }  # fmt: skip
 DEMO = {
     "epochs": 6, "batch_size": 128, "embed_dim": 256, "num_heads": 8, "lr": 1e-3, "lr_steps": [4],
@@ -29,6 +34,7 @@ DEMO = {
 MAY_DIFFER = {
     "resume", "output_dir", "data_dir", "cache_dir", "device", "num_workers", "checkpoint_every", "log_every",
     "step_timeout", "eval_only", "threads", "bert", "epochs", "test_split", "five_fold",
+    "init_from",
 }  # fmt: skip
 # Options that count with --eval-only; all others come from the checkpoint
 EVALUATION = {
@@ -74,7 +80,8 @@ def make_parser() -> Parser:
     add("--vocabulary-min-count", "bigru: occurrences that make a word known", type=Integer(1))
     add("--embed-dim", "size of the joint space", type=Integer(2))
     add("--num-heads", "attention heads of all transformer layers", type=Integer(1))
-    add("--dropout", "dropout of all transformer layers", type=SHARE, default=0.1)
+    add("--dropout", "dropout of all transformer layers", type=SHARE,
+        default=release.SETTINGS["fragments"]["dropout"])  # fmt: skip
 
     add("--mechanism", "relation interaction; none trains the encoders alone", default="fusion",
         choices=["fusion", "standalone", "none"])  # fmt: skip
@@ -82,10 +89,10 @@ def make_parser() -> Parser:
     add("--residual", "add the plain embedding to the enhanced one (the release does not); keeps it from collapsing",
         action=argparse.BooleanOptionalAction)  # fmt: skip
     add("--pair-loss", "loss on the pairs of the batch", choices=["triplet", "infonce"])
-    add("--negatives", "triplet: how negatives are chosen", default="distance_weighted",
+    add("--negatives", "triplet: how negatives are chosen", default=PAIRS["negative_sampling"],
         choices=["distance_weighted", "hardest", "all", "expected"])  # fmt: skip
     add("--nonzero-cutoff", "triplet: distance from which negatives have no weight (COCO: 1.9)",
-        type=Number(above=0.5, most=2), default=1.7)  # fmt: skip
+        type=Number(above=0.5, most=2), default=PAIRS["nonzero_cutoff"])  # fmt: skip
     add("--candidates", "look for relations only among the K most similar images and texts each [all of the batch]",
         type=Integer(1), metavar="K")  # fmt: skip
     add("--warmup-steps", "steps for which only the plain pair loss counts", type=Integer(0, zero="none"))
@@ -94,15 +101,19 @@ def make_parser() -> Parser:
     add("--batch-size", "pairs per step, over all processes", type=Integer(2))
     add("--sampler", "how batches are drawn", default="random", choices=["random", "neighbor"])
     add("--images-per-cluster", "neighbor: images of one neighbourhood in a batch", type=Integer(1), default=8)
-    add("--region-drop", "share of the regions left out in training", type=SHARE, default=0.2)
-    add("--word-drop", "share of the words masked, replaced or deleted in training", type=SHARE, default=0.2)
+    add("--region-drop", "share of the regions left out in training", type=SHARE, default=TRAINING["region_drop"])
+    add("--word-drop", "share of the words masked, replaced or deleted in training", type=SHARE,
+        default=TRAINING["word_drop"])  # fmt: skip
     add("--lr", "learning rate (BERT itself: a tenth)", type=Number(above=0))
     add("--lr-steps", "epochs at which it is divided by ten", type=Integer(1), nargs="*")
-    add("--weight-decay", "of AdamW", type=Number(least=0, zero="none"), default=1e-4)
-    add("--grad-clip", "largest norm of the gradient (0: any)", type=Number(least=0, zero="any norm"), default=2.0)
+    add("--weight-decay", "of AdamW", type=Number(least=0, zero="none"), default=TRAINING["weight_decay"])
+    add("--grad-clip", "largest norm of the gradient (0: any)", type=Number(least=0, zero="any norm"),
+        default=TRAINING["grad_clip"])  # fmt: skip
 
     add("--resume", "go on from CHECKPOINT, or from last.pt in --output-dir", nargs="?", const="",
         metavar="CHECKPOINT")  # fmt: skip
+    add("--init-from", "begin with the encoders of this checkpoint, of the script or of the authors' release",
+        type=Path, metavar="CHECKPOINT")  # fmt: skip
     add("--eval-only", "evaluate checkpoints on the test split, train nothing; of several, by their mean similarity",
         type=Path, nargs="+", metavar="CHECKPOINT")  # fmt: skip
     add("--seed", "of everything random", type=Integer(0, 2**32 - 1), default=0)
@@ -165,6 +176,8 @@ def check_together(arguments: argparse.Namespace) -> None:
         raise ValueError("--resume needs a CHECKPOINT, or the --output-dir whose last.pt it goes on from")
     if arguments.resume and not Path(arguments.resume).is_file():
         raise ValueError(f"--resume: no file {arguments.resume}")
+    if arguments.init_from is not None and not arguments.init_from.is_file():
+        raise ValueError(f"--init-from: no file {arguments.init_from}")
     if arguments.data_dir is not None and not arguments.data_dir.is_dir():
         raise ValueError(f"--data-dir: no such folder {arguments.data_dir}")
     if arguments.text_encoder == "bert":

@@ -27,6 +27,7 @@ import hrem_layers.distributed
 import hrem_layers.graph
 from hrem_layers import ALONE, AssociationGraph, HREMLoss, InfoNCELoss, RelationInteraction, TripletLoss
 from hrem_layers._core.masked import masked_mean
+from hrem_layers.tools.gradient_cache import gradient_cached_backward
 
 EMBED, RAW = 8, 5
 CASES: dict[str, Callable[[int, int], None]] = {}
@@ -216,6 +217,41 @@ def equal_during_warmup_and_after(rank: int, world: int) -> None:
         torch.testing.assert_close(got, want)
     assert losses[1][0] > 2 * losses[0][0]
     assert model.loss.step.item() == 2
+
+
+class Encoder(nn.Module):
+    """One side's linear map with its pooling, as an encoder of micro-batches."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.linear = linear
+
+    def forward(self, x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        fragments = self.linear(x)
+        return masked_mean(fragments, mask), fragments, mask
+
+
+@case
+def equal_in_two_passes_over_micro_batches(rank: int, world: int) -> None:
+    options = {"pair_loss": "distance_weighted", "dropout": 0.3, "detach_fragments": False}
+    parts = ragged(world)
+    expected, model = Model(gather=False, **options), Model(gather=True, **options)
+    torch.manual_seed(3)
+    expected_loss = expected(*whole(parts))
+    expected_loss.backward()
+    wrap = nn.parallel.DistributedDataParallel
+    loss, encoders = wrap(model.loss), [wrap(Encoder(model.images)), wrap(Encoder(model.texts))]
+    images, texts, *masks, ids = parts[rank]
+    image_mask, text_mask = (
+        torch.ones(x.shape[:2], dtype=torch.bool) if mask is None else mask
+        for x, mask in zip((images, texts), masks, strict=True)
+    )
+    torch.manual_seed(3 + 100 * rank)
+    got = gradient_cached_backward(
+        lambda i, t: loss(i[0], t[0], i[1], t[1], i[2], t[2], ids), encoders,
+        [(images, image_mask), (texts, text_mask)], micro_batch_size=2,
+    )  # fmt: skip
+    compare(model, expected, got, expected_loss.detach())
 
 
 @case

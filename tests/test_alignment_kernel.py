@@ -11,7 +11,6 @@ import json
 import os
 import subprocess
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -19,25 +18,25 @@ import torch
 
 from hrem_layers.alignment import align_fragments
 from hrem_layers.alignment.gpu import launch
-from hrem_layers.alignment.gpu.arguments import Fragments, Sizes
+from hrem_layers.alignment.gpu.arguments import Products, Sizes
 from hrem_layers.alignment.scores import PairScores, Scores
 
-needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="needs triton")
+needs_triton = pytest.mark.skipif(not launch._has_triton(), reason="needs triton, 3.5 or newer")
 
 # name: images, regions, texts, words, dim, topk, mode, image mask, text mask, dtype, elements of grad_x at one time
 CASES = {
-    "the release's widths": (5, 36, 5, 24, 40, 10, "scan", False, True, "float32", 2**26),
+    "the release's widths": (3, 36, 3, 24, 40, 10, "scan", False, True, "float32", 2**26),
     "no masks": (3, 36, 4, 8, 16, 10, "scan", False, False, "float32", 2**26),
-    "masked regions, two parts": (6, 36, 5, 20, 33, 10, "scan", True, True, "float32", 2**26),
+    "masked regions": (5, 36, 3, 20, 33, 10, "scan", True, True, "float32", 2**26),
     "one region, one word": (3, 1, 2, 1, 7, 3, "scan", False, False, "float32", 2**26),
     "topk beyond both": (2, 5, 3, 4, 8, 50, "scan", True, True, "float32", 2**26),
-    "three lengths of texts": (3, 17, 7, 40, 12, 10, "scan", False, True, "float32", 2**26),
-    "one part of 64": (2, 49, 3, 18, 20, 10, "scan", True, True, "float32", 2**26),
+    "three lengths of texts": (3, 17, 5, 40, 12, 10, "scan", False, True, "float32", 2**26),
+    "regions without idle columns": (2, 32, 3, 16, 20, 10, "scan", True, True, "float32", 2**26),
     "widest regions": (2, 200, 2, 5, 8, 10, "scan", False, True, "float32", 2**26),
     "widest texts": (2, 4, 2, 128, 8, 10, "scan", False, True, "float32", 2**26),
     "cosine": (3, 20, 4, 12, 16, 5, "cosine", True, True, "float32", 2**26),
     "dot": (3, 20, 4, 12, 16, 5, "dot", True, True, "float32", 2**26),
-    "backward in pieces": (7, 20, 6, 18, 9, 10, "scan", True, True, "float32", 3 * 18 * 20 * 2),
+    "in chunks": (3, 20, 4, 12, 9, 10, "scan", True, True, "float32", 2 * 12 * 20 * 2),
     "ties in scan": (4, 20, 5, 12, 9, 4, "scan", True, True, "float32", 2**26),
     "ties in cosine": (4, 40, 5, 12, 9, 4, "cosine", False, True, "float32", 2**26),
     "ties in dot": (4, 20, 5, 12, 9, 4, "dot", True, True, "float32", 2**26),
@@ -63,7 +62,9 @@ def run_case(name, images, regions, texts, words, dim, topk, mode, image_masked,
     shapes = (images, texts), (texts, images), (images, texts, topk), (texts, images, topk)
     grad = Scores(*(torch.randn(shape, generator=g) for shape in shapes))
 
-    launch._GRAD_ELEMENTS = elements
+    launch._CHUNK = elements
+    launch._TILE = 2**10 if "release" in name else 2**12  # the interpreter is quicker with few programs
+    launch._CHUNK_ROWS = min(elements, launch._CHUNK_ROWS)
     options = {"mode": mode, "topk": topk, "dtype": dtype}
     actual = [
         *launch.score_all_fused(r, c, image_mask, text_mask, **options),
@@ -116,33 +117,35 @@ def test_what_is_not_finite_is_not_passed_over(errors):
     assert errors["not finite"] == 0
 
 
-def test_region_parts_hold_all_regions_with_little_idle():
-    for r in range(1, launch.MAX_REGIONS + 1):
-        a, b = launch.region_parts(r)
-        assert r <= a + b <= max(16, 4 / 3 * r + 16)
-        assert all(n & (n - 1) == 0 and (n == 0 or n >= 16) for n in (a, b))
-    assert launch.region_parts(36) == (32, 16)
-
-
 @pytest.mark.parametrize(("words", "masked", "expected"), [
-    (24, False, [(0, 32)]), (24, True, [(0, 16), (16, 32)]), (5, True, [(0, 16)]),
-    (128, True, [(0, 16), (16, 32), (32, 64), (64, 128)]),
+    (24, False, [(-1, 32)]), (24, True, [(-1, 16), (16, 32)]), (5, True, [(-1, 16)]),
+    (128, True, [(-1, 16), (16, 32), (32, 64), (64, 128)]),
 ])  # fmt: skip
 def test_every_text_belongs_to_one_launch(words, masked, expected):
-    found = [(smallest, blocks.words) for blocks, smallest in launch._launches(words, 36, 2, masked, 192)]
-    assert found == expected
+    mask = torch.ones(3, words, dtype=torch.bool) if masked else None
+    given = launch._inputs(torch.randn(2, 36, 4), torch.randn(3, words, 4), None, mask, "scan", 10, torch.float32)
+    launches = list(given.launches(Sizes(3, 2, words, 36, 10, 2), launch._PER_WARP))
+    assert [(smallest, blocks.words) for _, blocks, smallest, _ in launches] == expected
+    assert all(grid[0] == 3 and grid[1] * blocks.images >= 2 for grid, blocks, *_ in launches)
 
 
-def test_backward_pieces_cover_every_pair_once():
-    for elements in (1, 100, 2000, 2**26):
-        launch_elements, launch._GRAD_ELEMENTS = launch._GRAD_ELEMENTS, elements
-        try:
-            seen = torch.zeros(7, 9)
-            for t0, t1, i0, i1 in launch._chunks(7, 6, 9, 5):
-                seen[t0:t1, i0:i1] += 1
-                assert (t1 - t0) * 6 * (i1 - i0) * 5 <= max(elements, 30)
-        finally:
-            launch._GRAD_ELEMENTS = launch_elements
+def test_tiles_hold_all_values_and_fit_a_program():
+    for words in (16, 32, 64, 128):
+        for r in range(1, launch.MAX_REGIONS + 1):
+            blocks, warps = launch.blocks_for(words, r, launch._PER_WARP)
+            assert blocks.words == words and blocks.regions >= r and warps in (1, 2, 4, 8, 16)
+            assert all(n & (n - 1) == 0 for n in blocks)
+            assert blocks.images * words * blocks.regions <= max(launch._TILE, words * blocks.regions)
+
+
+def test_chunks_cover_every_pair_once(monkeypatch):
+    for elements, rows in ((1, 1), (100, 12), (2000, 2000), (2**23, 2**11)):
+        monkeypatch.setattr(launch, "_CHUNK", elements)
+        monkeypatch.setattr(launch, "_CHUNK_ROWS", rows)
+        seen = torch.zeros(7, 9)
+        for t0, t1, i0, i1 in launch._chunks(7, 6, 9, 5):
+            seen[t0:t1, i0:i1] += 1
+            assert (t1 - t0) * 6 * (i1 - i0) * 5 <= max(elements, 30)
         assert (seen == 1).all()
 
 
@@ -167,38 +170,37 @@ def test_kernels_compile_for_gpus(capability, tmp_path, monkeypatch):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     from hrem_layers.alignment.gpu import kernel
 
-    for words in (16, 32):
-        for function, columns in (
-            (kernel.align_kernel, launch._TILE_COLUMNS),
-            (kernel.align_grad_kernel, launch._GRAD_TILE_COLUMNS),
-        ):
-            compiled = compile_for(function, capability, launch.blocks_for(words, 36, 2, columns))
+    for words, regions in ((16, 36), (32, 36), (64, 100), (64, 256)):
+        for function, per_warp in kernels(kernel):
+            compiled = compile_for(function, capability, *launch.blocks_for(words, regions, per_warp))
             assert compiled.asm["cubin"]
-            assert compiled.metadata.shared <= 99 * 1024
-            assert ("wgmma" if capability == 90 else "mma.sync") in compiled.asm["ptx"]
+            assert compiled.metadata.shared <= 48 * 1024
 
 
-def compile_for(function, capability, blocks):
+def kernels(module):
+    return (module.score_kernel, launch._PER_WARP), (module.score_grad_kernel, launch._GRAD_PER_WARP)
+
+
+def compile_for(function, capability, blocks, warps, mode="scan"):
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    constants = {"BLOCKS": blocks, "SMALLEST": 0, "FORM": launch._form("scan")._replace(precision="tf32")}
+    form = launch._inputs(torch.randn(1, 1, 1), torch.randn(1, 1, 1), None, None, mode, 1, torch.float32).form()
+    constants = {"BLOCKS": blocks, "SMALLEST": 0, "FORM": form}
     types = {
-        "texts": Fragments("*bf16", "*i1", "constexpr"), "images": Fragments("*bf16", "constexpr", "constexpr"),
+        "products": Products("*fp32", "*i1", "constexpr", "constexpr", "constexpr"),
         "out": PairScores(*["*fp32"] * 4), "grad": PairScores(*["*fp32"] * 4), "sizes": Sizes(*["i32"] * 6),
-        "grad_x": "*bf16", "extent": "*i32", "row_length": "i32",
+        "grad_x": "*bf16", "extent": "*i32",
     }  # fmt: skip
     names = function.arg_names
     signature = {name: "constexpr" if name in constants else types[name] for name in names}
-    absent = {(names.index("texts"), 2): None, (names.index("images"), 1): None, (names.index("images"), 2): None}
-    divisible = (names.index("texts"), 0), (names.index("images"), 0), (names.index("sizes"), 4)
+    absent = {(names.index("products"), place): None for place in (2, 3, 4)}
     source = ASTSource(
         function, signature, constexprs={**{(names.index(k),): x for k, x in constants.items()}, **absent},
-        attrs={place: [["tt.divisibility", 16]] for place in divisible},
+        attrs={(names.index("products"), 0): [["tt.divisibility", 16]]},
     )  # fmt: skip
-    options = {"num_warps": launch._NUM_WARPS, "num_stages": launch._NUM_STAGES}
-    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps})
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -39,6 +39,8 @@ def results(world: int, folder: Path, *names: str) -> dict[str, str | None]:
 @pytest.mark.parametrize("world", [2, 3])
 @pytest.mark.parametrize("case", [name for name in cases.CASES if name not in cases.SLOW])
 def test_in_processes(case: str, world: int, tmp_path_factory: pytest.TempPathFactory) -> None:
+    if "fsdp2" in case and torch.__version__.startswith("2.5."):
+        pytest.skip("FSDP2 of PyTorch 2.5 runs on CUDA alone")
     wrong = results(world, tmp_path_factory.getbasetemp())[case]
     assert wrong is None, wrong
 

@@ -59,7 +59,7 @@ OUT_OF_RANGE = {
 }
 NO_RANGE = {
     "--data-dir", "--cache-dir", "--output-dir", "--five-fold", "--bert", "--word-vectors", "--open-vocabulary",
-    "--resume", "--eval-only", "--help", "--residual",
+    "--resume", "--eval-only", "--init-from", "--help", "--residual",
 }  # fmt: skip
 
 

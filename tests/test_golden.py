@@ -6,17 +6,10 @@ import pytest
 import torch
 from support import GOLDEN, SIZES, assert_near, golden
 
-from hrem_layers import (
-    AssociationGraph,
-    FragmentRelation,
-    HREMLoss,
-    RelationGraph,
-    RelationInteraction,
-    TripletLoss,
-    align_fragments,
-)
+from hrem_layers import RelationGraph, align_fragments
 from hrem_layers._core.numerics import l2_normalize
 from hrem_layers.losses import distance_log_weights
+from hrem_layers.tools import release
 
 VALUE, GRADIENT = 1e-5, 1e-4
 
@@ -42,7 +35,7 @@ def mlp_weights(z, prefix):
 
 def test_fragment_relation(size, dtype):
     z = golden(size, "fragment_relation", dtype)
-    module = FragmentRelation(
+    module = release.fragment_relation(
         z["projected"].shape[2],
         num_heads=int(z["num_heads"]), beta=float(z["beta"]), max_pool_k=int(z["max_pool_k"]),
     ).to(dtype).eval()  # fmt: skip
@@ -53,10 +46,8 @@ def test_fragment_relation(size, dtype):
 
 
 def graph_of(z, dtype):
-    graph = AssociationGraph(
-        alignment="scan", topk=int(z["topk"]), neighbor_ratio=float(z["threshold"]), sigma=float(z.get("sigma", 1.0))
-    )
-    return graph.to(dtype)
+    recorded = {"topk": int(z["topk"]), "neighbor_ratio": float(z["threshold"]), "sigma": float(z.get("sigma", 1.0))}
+    return release.graph(**recorded).to(dtype)
 
 
 def test_association_graph(size, dtype):
@@ -80,8 +71,8 @@ def test_association_graph(size, dtype):
 def test_fusion(size, dtype):
     z = golden(size, "relation_interaction_fusion", dtype)
     n = len(z["nodes"]) // 2
-    module = RelationInteraction(
-        z["nodes"].shape[1], num_heads=int(z["num_heads"]), relation_weight=float(z["lam"]), residual=False
+    module = release.interaction(
+        z["nodes"].shape[1], num_heads=int(z["num_heads"]), relation_weight=float(z["lam"])
     ).to(dtype).eval()  # fmt: skip
     module.load_state_dict(weights(z, "weights."))
     enhanced = module(z["nodes"][:n], z["nodes"][n:], RelationGraph(z["connection"], z["relevance"]))
@@ -121,7 +112,7 @@ def test_triplet_with_the_most_likely_negative(size, dtype):
         log_w = distance_log_weights(s, p, **triplet_of(z))
         return s.gather(1, log_w.argmax(dim=1, keepdim=True)), (log_w > -torch.inf).any(dim=1, keepdim=True)
 
-    loss = TripletLoss(float(z["margin"]), negative_sampling=most_likely)(similarity, positives)
+    loss = release.pair_loss(margin=float(z["margin"]), negative_sampling=most_likely)(similarity, positives)
     assert_near(loss, z["loss_with_most_likely_negative"], VALUE)
     image_grad, text_grad = torch.autograd.grad(loss, (images, texts))
     assert_near(image_grad, z["grad_image"], GRADIENT)
@@ -132,20 +123,18 @@ def test_triplet_with_the_most_likely_negative(size, dtype):
 def test_hinge(size, dtype, ours, theirs):
     z = golden(size, "hinge_loss", dtype)
     *_, similarity, positives = pairs_of(z)
-    loss = TripletLoss(float(z["margin"]), negative_sampling=ours)(similarity, positives)
+    loss = release.pair_loss(margin=float(z["margin"]), negative_sampling=ours)(similarity, positives)
     assert_near(loss, z[theirs], VALUE)
 
 
 def test_whole_loss(size, dtype):
     z = golden(size, "hrem_loss_hardest", dtype)
     dim = z["image_embedding"].shape[1]
-    module = HREMLoss(
+    module = release.loss(
         dim,
         graph=graph_of(z, dtype),
-        interaction=RelationInteraction(
-            dim, num_heads=int(z["num_heads"]), relation_weight=float(z["lam"]), residual=False
-        ),
-        pair_loss=TripletLoss(float(z["margin"]), negative_sampling="hardest"),
+        interaction=release.interaction(dim, num_heads=int(z["num_heads"]), relation_weight=float(z["lam"])),
+        pair_loss=release.pair_loss(margin=float(z["margin"]), negative_sampling="hardest"),
         regularization_weight=float(z["reg_weight"]),
     ).to(dtype).eval()  # fmt: skip
     module.graph.load_state_dict(mlp_weights(z, "weights.adj_model.adj_learning."))

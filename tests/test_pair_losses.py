@@ -276,12 +276,12 @@ def test_a_large_matrix_is_cut_and_a_small_one_is_not(monkeypatch):
 
         return call
 
-    for name in ("_whole", "_in_chunks"):
+    for name in ("_whole", "in_chunks"):
         monkeypatch.setattr(_rows, name, spy(getattr(_rows, name)))
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     for n in (16, 600):
         InfoNCELoss()(torch.zeros(n, n), torch.eye(n, dtype=torch.bool))
-    assert calls == ["_whole", "_in_chunks"]
+    assert calls == ["_whole", "in_chunks"]
 
 
 # dtypes and what is refused

@@ -39,29 +39,32 @@ def sum_over_anchors(
     ):
         return _whole(loss, similarity, positives, ways, shared)
     if not (torch.is_grad_enabled() and any(x.requires_grad for x in (similarity, *shared))):
-        return _in_chunks(loss, similarity, positives, ways, shared, grads=None)
+        return in_chunks(loss, similarity, positives, ways, shared, grads=None)
     tensors = (similarity, positives, *shared, *(x for way in ways for x in way))
     total: Tensor = _SumOverAnchors.apply(loss, len(shared), [len(way) for way in ways], *tensors)[0]  # type: ignore[no-untyped-call]
     return total
 
 
 def _whole(loss: RowLoss, similarity: Tensor, positives: Tensor, ways: Ways, shared: tuple[Tensor, ...]) -> Tensor:
-    parts = [
-        loss(s, p, *per_row, *shared)
-        for s, p, per_row in zip((similarity, similarity.t()), (positives, positives.t()), ways, strict=False)
-    ]
-    return sum(parts[1:], parts[0])
+    total = loss(similarity, positives, *ways[0], *shared)
+    if len(ways) == 2:
+        total = total + loss(similarity.t(), positives.t(), *ways[1], *shared)
+    return total
 
 
-def _in_chunks(
+def in_chunks(
     loss: RowLoss, similarity: Tensor, positives: Tensor, ways: Ways, shared: tuple[Tensor, ...],
     grads: tuple[Tensor, ...] | None,
 ) -> Tensor:  # fmt: skip
-    """The sum; the gradients of similarity and shared are written to ``grads``."""
-    total = similarity.new_zeros((), dtype=torch.float64)
+    """The sum; the gradient of similarity is written to ``grads``, those of shared are added there.
+
+    A few rows at a time on a CPU, all of them elsewhere.
+    """
+    on_cpu = similarity.device.type == "cpu"
+    total = similarity.new_zeros((), dtype=torch.float64 if on_cpu else similarity.dtype)
     for way, per_row in enumerate(ways):
         length, width = similarity.shape[way], similarity.shape[1 - way]
-        rows = max(1, CHUNK_ELEMENTS * torch.get_num_threads() // width)
+        rows = max(1, CHUNK_ELEMENTS * torch.get_num_threads() // width) if on_cpu else length
         for start in range(0, length, rows):
             here = slice(start, start + rows)
             chunk, flags, own = _cut(similarity, way, here), _cut(positives, way, here), [x[here] for x in per_row]
@@ -98,7 +101,7 @@ class _SumOverAnchors(torch.autograd.Function):
     def forward(loss: RowLoss, shared: int, lengths: list[int], *tensors: Tensor) -> tuple[Tensor, ...]:
         arguments = _arguments(shared, lengths, tensors)
         grads = (torch.empty_like(tensors[0]), *(torch.zeros_like(x) for x in arguments[3]))
-        return _in_chunks(loss, *arguments, grads=grads), *grads
+        return in_chunks(loss, *arguments, grads=grads), *grads
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

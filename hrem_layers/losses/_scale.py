@@ -52,9 +52,9 @@ def check_temperature(temperature: object, *, max_scale: float = math.inf) -> fl
     return check_number("temperature", number, above=0)
 
 
-def scale_of(log_scale: Tensor, like: Tensor) -> Tensor:
-    """exp(log_scale) as a 0-dimensional tensor in the dtype of ``like``."""
-    return log_scale.to(like.dtype).reshape(()).exp()
+def scale_of(log_scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """exp(log_scale) as a 0-dimensional tensor, computed in ``dtype``."""
+    return log_scale.to(dtype).reshape(()).exp()
 
 
 def clamp_own(log_scale: Tensor, max_scale: float) -> None:

@@ -12,6 +12,7 @@ from hrem_layers._core.checks import check_bool, check_choice, check_tensor
 from hrem_layers.losses._pairs import REDUCTIONS, check_constant, check_pairs, one_if_finite
 from hrem_layers.losses._rows import RowLoss, sum_over_anchors
 from hrem_layers.losses._scale import check_shared, check_temperature, clamp_own, log_of_inverse, scale_of, share
+from hrem_layers.losses._streamed import open_stream, streamed_dtype, streamed_sum
 
 MAX_SCALE = 100.0
 DEFAULT_TEMPERATURE = 0.07
@@ -37,17 +38,57 @@ def info_nce_loss(
     """
     check_choice("reduction", reduction, REDUCTIONS)
     s = check_pairs(similarity, positives)
-    shared: tuple[Tensor, ...] = ()
-    row_loss: RowLoss = _row_loss
-    if isinstance(scale, Tensor):
-        scale = check_tensor("scale", scale, (), device=s.device).to(s.dtype)
-        shared = (scale,)
-    else:
-        row_loss = partial(_row_loss, scale=check_constant("scale", scale, above=0))
+    row_loss, shared = _with_scale(scale, s)
     loss = sum_over_anchors(
         row_loss, s, positives, ways=tuple((_weights(positives, d, reduction, s.dtype),) for d in (1, 0)), shared=shared
     )
     return loss * one_if_finite(s, *shared)
+
+
+def streamed_info_nce_loss(
+    image_embedding: Tensor,
+    text_embedding: Tensor,
+    *,
+    image_ids: Tensor | None = None,
+    text_ids: Tensor | None = None,
+    positives: Tensor | None = None,
+    scale: float | Tensor = 1 / DEFAULT_TEMPERATURE,
+    reduction: str = "mean",
+    normalize: bool = True,
+    chunk_size: int | None = None,
+    image_rows: slice | None = None,
+    text_rows: slice | None = None,
+) -> Tensor:
+    """:func:`info_nce_loss` from embeddings, without the similarity in memory; arguments and errors as for
+    :meth:`InfoNCELoss.from_embeddings <hrem_layers.InfoNCELoss.from_embeddings>`.
+
+    Example:
+        >>> import torch
+        >>> from hrem_layers.losses import streamed_info_nce_loss
+        >>> image, text = torch.tensor([[1.0, 0.0], [0.0, 1.0]]), torch.tensor([[4.0, 3.0], [0.0, 1.0]])
+        >>> streamed_info_nce_loss(image, text, scale=10.0, chunk_size=1)
+        tensor(0.0707)
+    """
+    check_choice("reduction", reduction, REDUCTIONS)
+    x, y, plan = open_stream(
+        image_embedding, text_embedding, image_ids=image_ids, text_ids=text_ids, positives=positives,
+        normalize=normalize, chunk_size=chunk_size, image_rows=image_rows, text_rows=text_rows,
+    )  # fmt: skip
+    row_loss, shared = _with_scale(scale, x)
+    ways = []
+    for way, e in enumerate((x, y)):
+        weight = e.new_full((), 0.5)
+        if reduction == "mean":
+            weight = weight / plan.positives.anchors(way).clamp(min=1)
+        ways.append((weight.expand(e.shape[0], 1),))
+    return streamed_sum(row_loss, x, y, plan, ways=tuple(ways), shared=shared)
+
+
+def _with_scale(scale: float | Tensor, like: Tensor) -> tuple[RowLoss, tuple[Tensor, ...]]:
+    """The loss of rows, and the scale where it is a tensor that the rows share."""
+    if isinstance(scale, Tensor):
+        return _row_loss, (check_tensor("scale", scale, (), device=like.device).to(like.dtype),)
+    return partial(_row_loss, scale=check_constant("scale", scale, above=0)), ()
 
 
 def _weights(positives: Tensor, dim: int, reduction: str, dtype: torch.dtype) -> Tensor:
@@ -141,12 +182,58 @@ class InfoNCELoss(nn.Module):
             TypeError, ValueError: an argument has the wrong type, dtype, shape or device.
         """
         s = check_pairs(similarity, positives)
-        scale: float | Tensor = 1 / self.temperature
-        if self.shared:
-            scale = scale_of(self.log_scale, s)
-        elif self.learnable:
-            if self.training:
-                clamp_own(self.log_scale, MAX_SCALE)
-            scale = scale_of(self.log_scale, s)
-            scale = scale if self.training else scale.clamp(max=MAX_SCALE)
-        return info_nce_loss(s, positives, scale=scale, reduction=self.reduction)
+        return info_nce_loss(s, positives, scale=self._scale(s.dtype), reduction=self.reduction)
+
+    def from_embeddings(
+        self,
+        image_embedding: Tensor,
+        text_embedding: Tensor,
+        *,
+        image_ids: Tensor | None = None,
+        text_ids: Tensor | None = None,
+        positives: Tensor | None = None,
+        normalize: bool = True,
+        chunk_size: int | None = None,
+        image_rows: slice | None = None,
+        text_rows: slice | None = None,
+    ) -> Tensor:
+        """The loss of the cosines of two sets of embeddings, a few anchors at a time: equal to the loss of the whole
+        similarity in value and gradient up to rounding, in memory that grows as N + M.
+
+        Args:
+            image_embedding: (N, D), of any length: normalised here.
+            text_embedding: (M, D) likewise.
+            image_ids: (N,) integer. None = row number.
+            text_ids: (M,) integer; an image and a text with equal ids belong together. None = ``image_ids``, M = N.
+                With ``image_ids=None`` it is the row of the image that each text describes.
+            positives: (N, M) bool, True = the pair belongs together, instead of ids; it takes N·M bytes.
+            normalize: False: similarities are the products of the rows as they are, which is the same for rows of
+                length 1.
+            chunk_size: anchors at a time; their similarities are what is in memory, chunk_size · max(N, M). None =
+                about 4 million similarities.
+            image_rows: the images that are anchors here, a slice of step 1 in [0, N]; None = all. The loss is a sum
+                over anchors: those of several calls whose ``image_rows`` and ``text_rows`` together are all images
+                and all texts add up to the whole loss, and so do their gradients. ``"mean"`` divides by the numbers
+                of the whole.
+            text_rows: likewise the texts, in [0, M].
+
+        Returns:
+            A scalar, float32 or better.
+
+        Raises:
+            TypeError, ValueError: an argument has the wrong type, dtype, shape or device.
+        """
+        dtype = streamed_dtype(image_embedding, text_embedding)
+        return streamed_info_nce_loss(
+            image_embedding, text_embedding, image_ids=image_ids, text_ids=text_ids, positives=positives,
+            scale=self._scale(dtype), reduction=self.reduction, normalize=normalize, chunk_size=chunk_size,
+            image_rows=image_rows, text_rows=text_rows,
+        )  # fmt: skip
+
+    def _scale(self, dtype: torch.dtype) -> float | Tensor:
+        if not (self.shared or self.learnable):
+            return 1 / self.temperature
+        if self.learnable and self.training:
+            clamp_own(self.log_scale, MAX_SCALE)
+        scale = scale_of(self.log_scale, dtype)
+        return scale if self.shared or self.training else scale.clamp(max=MAX_SCALE)

@@ -12,6 +12,7 @@ from hrem_layers._core.checks import check_bool, check_choice, check_number, che
 from hrem_layers.losses._pairs import REDUCTIONS, check_constant, check_pairs, one_if_finite
 from hrem_layers.losses._rows import sum_over_anchors
 from hrem_layers.losses._scale import as_number, check_shared, check_temperature, scale_of, share
+from hrem_layers.losses._streamed import open_stream, streamed_dtype, streamed_sum
 
 DEFAULT_TEMPERATURE = 0.1
 DEFAULT_BIAS = -10.0
@@ -43,16 +44,56 @@ def sigmoid_loss(
     """
     check_choice("reduction", reduction, REDUCTIONS)
     s = check_pairs(similarity, positives)
-    numbers = []
-    for name, value, options in (("scale", scale, {"above": 0}), ("bias", bias, {})):
-        if isinstance(value, Tensor):
-            numbers.append(check_tensor(name, value, (), device=s.device).to(s.dtype))
-        else:
-            numbers.append(s.new_full((), check_constant(name, value, **options)))
-    loss = sum_over_anchors(_row_loss, s, positives, ways=((),), shared=tuple(numbers))
+    numbers = _numbers(scale, bias, s)
+    loss = sum_over_anchors(_row_loss, s, positives, ways=((),), shared=numbers)
     if reduction == "mean":
         loss = loss / max(s.shape)
     return loss * one_if_finite(s, *numbers)
+
+
+def streamed_sigmoid_loss(
+    image_embedding: Tensor,
+    text_embedding: Tensor,
+    *,
+    image_ids: Tensor | None = None,
+    text_ids: Tensor | None = None,
+    positives: Tensor | None = None,
+    scale: float | Tensor = 1 / DEFAULT_TEMPERATURE,
+    bias: float | Tensor = DEFAULT_BIAS,
+    reduction: str = "mean",
+    normalize: bool = True,
+    chunk_size: int | None = None,
+    image_rows: slice | None = None,
+    text_rows: slice | None = None,
+) -> Tensor:
+    """:func:`sigmoid_loss` from embeddings, without the similarity in memory; arguments and errors as for
+    :meth:`SigmoidLoss.from_embeddings <hrem_layers.SigmoidLoss.from_embeddings>`.
+
+    Example:
+        >>> import torch
+        >>> from hrem_layers.losses import streamed_sigmoid_loss
+        >>> image, text = torch.tensor([[1.0, 0.0], [0.0, 1.0]]), torch.tensor([[4.0, 3.0], [0.0, 1.0]])
+        >>> streamed_sigmoid_loss(image, text, scale=10.0, bias=-5.0, chunk_size=1)
+        tensor(0.6907)
+    """
+    check_choice("reduction", reduction, REDUCTIONS)
+    x, y, plan = open_stream(
+        image_embedding, text_embedding, image_ids=image_ids, text_ids=text_ids, positives=positives,
+        normalize=normalize, chunk_size=chunk_size, image_rows=image_rows, text_rows=text_rows,
+    )  # fmt: skip
+    loss = streamed_sum(_row_loss, x, y, plan, ways=((),), shared=_numbers(scale, bias, x))
+    return loss / max(x.shape[0], y.shape[0]) if reduction == "mean" else loss
+
+
+def _numbers(scale: float | Tensor, bias: float | Tensor, like: Tensor) -> tuple[Tensor, ...]:
+    """Both as tensors of the dtype and on the device of ``like``, checked."""
+    numbers = []
+    for name, value, options in (("scale", scale, {"above": 0}), ("bias", bias, {})):
+        if isinstance(value, Tensor):
+            numbers.append(check_tensor(name, value, (), device=like.device).to(like.dtype))
+        else:
+            numbers.append(like.new_full((), check_constant(name, value, **options)))
+    return tuple(numbers)
 
 
 def _row_loss(s: Tensor, positives: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
@@ -149,6 +190,34 @@ class SigmoidLoss(nn.Module):
             TypeError, ValueError: an argument has the wrong type, dtype, shape or device.
         """
         s = check_pairs(similarity, positives)
-        scale = scale_of(self.log_scale, s) if isinstance(self.log_scale, Tensor) else 1 / self.temperature
-        bias = self.bias.to(s.dtype).reshape(()) if isinstance(self.bias, Tensor) else self.bias
+        scale, bias = self._scale_and_bias(s.dtype)
         return sigmoid_loss(s, positives, scale=scale, bias=bias, reduction=self.reduction)
+
+    def from_embeddings(
+        self,
+        image_embedding: Tensor,
+        text_embedding: Tensor,
+        *,
+        image_ids: Tensor | None = None,
+        text_ids: Tensor | None = None,
+        positives: Tensor | None = None,
+        normalize: bool = True,
+        chunk_size: int | None = None,
+        image_rows: slice | None = None,
+        text_rows: slice | None = None,
+    ) -> Tensor:
+        """The loss of the cosines of two sets of embeddings, a few images at a time: arguments, result and errors as
+        for :meth:`InfoNCELoss.from_embeddings <hrem_layers.InfoNCELoss.from_embeddings>`.
+
+        A pair counts once, with its image: only the images are anchors. ``text_rows`` is checked and changes nothing.
+        """
+        scale, bias = self._scale_and_bias(streamed_dtype(image_embedding, text_embedding))
+        return streamed_sigmoid_loss(
+            image_embedding, text_embedding, image_ids=image_ids, text_ids=text_ids, positives=positives,
+            scale=scale, bias=bias, reduction=self.reduction, normalize=normalize, chunk_size=chunk_size,
+            image_rows=image_rows, text_rows=text_rows,
+        )  # fmt: skip
+
+    def _scale_and_bias(self, dtype: torch.dtype) -> tuple[float | Tensor, float | Tensor]:
+        scale = scale_of(self.log_scale, dtype) if isinstance(self.log_scale, Tensor) else 1 / self.temperature
+        return scale, self.bias.to(dtype).reshape(()) if isinstance(self.bias, Tensor) else self.bias

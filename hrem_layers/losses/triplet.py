@@ -2,31 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
-from typing import Any
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
-from hrem_layers._core.checks import check_choice, check_int, check_number, check_tensor, said
-from hrem_layers._core.numerics import compute_dtype
-from hrem_layers.losses._pairs import REDUCTIONS, check_pair_flags, check_pairs, one_if_finite
-from hrem_layers.losses._rows import RowLoss, Ways, sum_over_anchors
-from hrem_layers.losses.hinge import hinge_against_many, hinge_against_one
-from hrem_layers.losses.negatives import (
-    distance_weighted_negative,
-    every_negative_weights,
-    expected_negative_weights,
-    hardest_negative,
+from hrem_layers._core.checks import check_tensor, said
+from hrem_layers.losses._pairs import check_pairs, one_if_finite
+from hrem_layers.losses._rows import Ways, sum_over_anchors
+from hrem_layers.losses._streamed import open_stream, streamed_sum
+from hrem_layers.losses._triplet import (
+    NEGATIVES,
+    NegativeSampling,
+    against_chosen,
+    anchor_noise,
+    check_options,
+    row_loss,
 )
-
-NEGATIVES = ("distance_weighted", "hardest", "all", "expected")
-
-FIRST, SECOND = "the first result of negative_sampling (negative)", "the second result of negative_sampling (found)"
-
-NegativeSampling = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
-"""``(similarity (N, M), positives (N, M)) -> (negative (N, 1), found (N, 1) bool)``; anchors are the rows."""
 
 
 def triplet_loss(
@@ -53,95 +45,82 @@ def triplet_loss(
     if not torch.compiler.is_compiling():  # numbers may be symbols there
         check_options(margin, negative_sampling, cutoff, nonzero_cutoff, weight_dim, reduction)
     s = check_pairs(similarity, positives)
-    n, m = s.shape
-    if noise is not None:
-        check_tensor("noise", noise, (n + m,), device=s.device)
-    elif negative_sampling == "distance_weighted":
-        noise = anchor_noise(s)
-    options = {"cutoff": cutoff, "nonzero_cutoff": nonzero_cutoff, "weight_dim": weight_dim}
-    ways: Ways = ((), ())
-    row_loss: RowLoss
-    if negative_sampling == "distance_weighted":
-        assert noise is not None
-        ways = tuple((x.unsqueeze(1),) for x in (noise[:n], noise[n:]))
-        row_loss = partial(_against_drawn, margin=margin, options=options)
-    elif negative_sampling == "hardest":
-        row_loss = partial(_against_hardest, margin=margin)
-    elif negative_sampling == "all":
-        row_loss = partial(_against_all, margin=margin)
-    elif negative_sampling == "expected":
-        row_loss = partial(_against_expected, margin=margin, options=options)
+    noise = _noise(noise, negative_sampling, s.shape[0], s.shape[1], s)
     if isinstance(negative_sampling, str):
-        loss = sum_over_anchors(row_loss, s, positives, ways=ways)
+        options = {"cutoff": cutoff, "nonzero_cutoff": nonzero_cutoff, "weight_dim": weight_dim}
+        sum_of_rows = row_loss(negative_sampling, margin, **options)
+        loss = sum_over_anchors(sum_of_rows, s, positives, ways=_ways(noise, negative_sampling, s.shape[0]))
     else:
-        loss = _against_chosen(s, positives, negative_sampling, margin=margin)
-        loss = loss + _against_chosen(s.t(), positives.t(), negative_sampling, margin=margin)
+        loss = against_chosen(s, positives, negative_sampling, margin=margin)
+        loss = loss + against_chosen(s.t(), positives.t(), negative_sampling, margin=margin)
     if reduction == "mean":
         loss = loss / torch.count_nonzero(positives).clamp(min=1)
     return loss * one_if_finite(s, *(() if noise is None else (noise,)))
 
 
-def _against_drawn(s: Tensor, positives: Tensor, noise: Tensor, *, margin: float, options: dict[str, Any]) -> Tensor:
-    negative, found = distance_weighted_negative(s, positives, noise=noise, **options)
-    return hinge_against_one(s, positives, negative, found, margin=margin)
+def streamed_triplet_loss(
+    image_embedding: Tensor,
+    text_embedding: Tensor,
+    *,
+    image_ids: Tensor | None = None,
+    text_ids: Tensor | None = None,
+    positives: Tensor | None = None,
+    margin: float = 0.2,
+    negative_sampling: str = "distance_weighted",
+    cutoff: float = 0.5,
+    nonzero_cutoff: float = 1.7,
+    weight_dim: int = 512,
+    reduction: str = "sum",
+    noise: Tensor | None = None,
+    normalize: bool = True,
+    chunk_size: int | None = None,
+    image_rows: slice | None = None,
+    text_rows: slice | None = None,
+) -> Tensor:
+    """:func:`triplet_loss` from embeddings, without the similarity in memory; arguments and errors as for
+    :meth:`TripletLoss.from_embeddings <hrem_layers.TripletLoss.from_embeddings>`.
 
-
-def _against_hardest(s: Tensor, positives: Tensor, *, margin: float) -> Tensor:
-    return hinge_against_one(s, positives, *hardest_negative(s, positives), margin=margin)
-
-
-def _against_all(s: Tensor, positives: Tensor, *, margin: float) -> Tensor:
-    return hinge_against_many(s, positives, every_negative_weights(s, positives), margin=margin)
-
-
-def _against_expected(s: Tensor, positives: Tensor, *, margin: float, options: dict[str, Any]) -> Tensor:
-    return hinge_against_many(s, positives, expected_negative_weights(s, positives, **options), margin=margin)
-
-
-def _against_chosen(s: Tensor, positives: Tensor, choose: NegativeSampling, *, margin: float) -> Tensor:
-    negative, found = _chosen(choose, s, positives)
-    loss = hinge_against_one(s, positives, negative, found, margin=margin)
-    return loss * one_if_finite(torch.where(found, negative, 0))
-
-
-def _chosen(choose: NegativeSampling, similarity: Tensor, positives: Tensor) -> tuple[Tensor, Tensor]:
-    """What a callable of the user returns, checked."""
-    result = choose(similarity, positives)
-    if not isinstance(result, tuple | list) or len(result) != 2:
-        got = f"a {type(result).__name__} of {len(result)}" if isinstance(result, tuple | list) else said(result)
-        raise TypeError(f"negative_sampling must return (negative, found), got {got}")
-    negative, found = result
-    column = similarity[:, :1]
-    check_tensor(FIRST, negative, tuple(column.shape), device=column.device)
-    check_pair_flags(SECOND, found, column, "the anchor has a negative")
-    return negative.to(similarity.dtype), found
-
-
-def anchor_noise(similarity: Tensor) -> Tensor:
-    """(N + M,) uniform in [0, 1), one number per anchor, images first, from torch's default generator."""
-    return torch.rand(sum(similarity.shape), dtype=compute_dtype(similarity.dtype), device=similarity.device)
-
-
-def check_options(
-    margin: float, negative_sampling: str | NegativeSampling, cutoff: float, nonzero_cutoff: float, weight_dim: int,
-    reduction: str,
-) -> None:  # fmt: skip
-    check_number("margin", margin, minimum=0)
-    if not (callable(negative_sampling) or (isinstance(negative_sampling, str) and negative_sampling in NEGATIVES)):
-        known = ", ".join(map(repr, NEGATIVES))
+    Example:
+        >>> import torch
+        >>> from hrem_layers.losses import streamed_triplet_loss
+        >>> image, text = torch.tensor([[1.0, 0.0], [0.0, 1.0]]), torch.tensor([[4.0, 3.0], [0.0, 1.0]])
+        >>> streamed_triplet_loss(image, text, negative_sampling="hardest", chunk_size=1)
+        tensor(0.)
+    """
+    if not torch.compiler.is_compiling():  # numbers may be symbols there
+        check_options(margin, negative_sampling, cutoff, nonzero_cutoff, weight_dim, reduction)
+    if not isinstance(negative_sampling, str):
         raise ValueError(
-            f"negative_sampling must be one of {known}, or a callable (similarity, positives) -> (negative, found), "
-            f"got {said(negative_sampling)}"
+            "negative_sampling must be named where the similarity is not whole, for a callable may look at all of it: "
+            f"one of {', '.join(map(repr, NEGATIVES))}, got {said(negative_sampling)}"
         )
-    if isinstance(negative_sampling, type):
-        raise TypeError(
-            "negative_sampling must be a callable (similarity, positives) -> (negative, found), got the class "
-            f"{negative_sampling.__name__}: pass an instance of it"
-        )
-    check_number("cutoff", cutoff, above=0, below=2)
-    check_number("nonzero_cutoff", nonzero_cutoff, above=cutoff, maximum=2)
-    check_int("weight_dim", weight_dim, minimum=2)
-    check_choice("reduction", reduction, REDUCTIONS)
+    x, y, plan = open_stream(
+        image_embedding, text_embedding, image_ids=image_ids, text_ids=text_ids, positives=positives,
+        normalize=normalize, chunk_size=chunk_size, image_rows=image_rows, text_rows=text_rows,
+    )  # fmt: skip
+    noise = _noise(noise, negative_sampling, x.shape[0], y.shape[0], x)
+    options = {"cutoff": cutoff, "nonzero_cutoff": nonzero_cutoff, "weight_dim": weight_dim}
+    ways = _ways(noise, negative_sampling, x.shape[0])
+    loss = streamed_sum(row_loss(negative_sampling, margin, **options), x, y, plan, ways=ways)
+    if reduction == "mean":
+        loss = loss / plan.positives.pairs().clamp(min=1)
+    return loss if noise is None else loss * one_if_finite(noise)
+
+
+def _noise(
+    noise: Tensor | None, negative_sampling: str | NegativeSampling, n: int, m: int, like: Tensor
+) -> Tensor | None:
+    """What was given, checked, or what the choice needs."""
+    if noise is not None:
+        return check_tensor("noise", noise, (n + m,), device=like.device)
+    return anchor_noise(n + m, like.dtype, like.device) if negative_sampling == "distance_weighted" else None
+
+
+def _ways(noise: Tensor | None, negative_sampling: str, n: int) -> Ways:
+    """What each anchor of both sides has of its own."""
+    if noise is None or negative_sampling != "distance_weighted":
+        return (), ()
+    return (noise[:n].unsqueeze(1),), (noise[n:].unsqueeze(1),)
 
 
 class TripletLoss(nn.Module):
@@ -230,7 +209,9 @@ class TripletLoss(nn.Module):
 
         For callers that need the same draw elsewhere (several processes): pass it to :meth:`forward`.
         """
-        return anchor_noise(similarity) if self.negative_sampling == "distance_weighted" else None
+        if self.negative_sampling != "distance_weighted":
+            return None
+        return anchor_noise(sum(similarity.shape), similarity.dtype, similarity.device)
 
     def forward(self, similarity: Tensor, positives: Tensor, noise: Tensor | None = None) -> Tensor:
         """
@@ -260,3 +241,40 @@ class TripletLoss(nn.Module):
             reduction=self.reduction,
             noise=noise,
         )
+
+    def from_embeddings(
+        self,
+        image_embedding: Tensor,
+        text_embedding: Tensor,
+        *,
+        image_ids: Tensor | None = None,
+        text_ids: Tensor | None = None,
+        positives: Tensor | None = None,
+        noise: Tensor | None = None,
+        normalize: bool = True,
+        chunk_size: int | None = None,
+        image_rows: slice | None = None,
+        text_rows: slice | None = None,
+    ) -> Tensor:
+        """The loss of the cosines of two sets of embeddings, a few anchors at a time: arguments and result as for
+        :meth:`InfoNCELoss.from_embeddings <hrem_layers.InfoNCELoss.from_embeddings>`.
+
+        ``"distance_weighted"`` draws what it draws from the whole similarity: the generator gives the same N + M
+        numbers, one per anchor, and an anchor's draw depends on its number and its own row alone, not on
+        ``chunk_size``. (The similarities may differ in their last bit, and with them a draw at the border between two
+        negatives.) With ``image_rows`` and ``text_rows`` as well N + M numbers are drawn, so that calls that share a
+        seed add up to the whole.
+
+        Args:
+            noise: (N + M,) uniform in [0, 1), the images' numbers first; None = drawn here.
+
+        Raises:
+            TypeError, ValueError: an argument has the wrong type, dtype, shape or device, or ``negative_sampling`` is a
+                callable: it may look at the whole similarity.
+        """
+        return streamed_triplet_loss(
+            image_embedding, text_embedding, image_ids=image_ids, text_ids=text_ids, positives=positives,
+            margin=self.margin, negative_sampling=cast(str, self.negative_sampling), cutoff=self.cutoff,
+            nonzero_cutoff=self.nonzero_cutoff, weight_dim=self.weight_dim, reduction=self.reduction, noise=noise,
+            normalize=normalize, chunk_size=chunk_size, image_rows=image_rows, text_rows=text_rows,
+        )  # fmt: skip

@@ -1,4 +1,4 @@
-"""What the fused kernels are given, in groups. Nothing here needs Triton."""
+"""What the kernels are given, in groups. Nothing here needs Triton."""
 
 from __future__ import annotations
 
@@ -7,32 +7,33 @@ from typing import NamedTuple
 from torch import Tensor
 
 
-class Fragments(NamedTuple):
-    """One modality, n items of up to m fragments."""
+class Products(NamedTuple):
+    """The products of the words of some texts by the regions of some images, and who is real among them."""
 
-    rows: Tensor  # [n * m, d], normalised if the mode asks for it, zeros in the padding
-    mask: Tensor | None  # [n, m] bool, None = all real
-    longest: Tensor | None  # [n], length of the longest fragment where they are not normalised
+    x: Tensor  # [texts * words, images * regions], float32
+    word_mask: Tensor | None  # [texts, words] bool, None = all real
+    region_mask: Tensor | None  # [images, regions] bool
+    longest_word: Tensor | None  # [texts], length of the longest fragment where they are not normalised
+    longest_region: Tensor | None  # [images]
 
 
 class Sizes(NamedTuple):
+    """Of the texts and images of one launch; ``row_length``: images in a row of the scores, or of their gradients."""
+
     texts: int
     images: int
     words: int
     regions: int
-    dim: int
     topk: int
+    row_length: int
 
 
 class Blocks(NamedTuple):
-    """The blocks of a launch: texts, images, words, the two parts of the regions, depth of the product."""
+    """A program's tile, all powers of 2: one text with some images."""
 
-    texts: int
     images: int
     words: int
-    regions_a: int
-    regions_b: int
-    depth: int
+    regions: int
 
 
 class Form(NamedTuple):
@@ -42,4 +43,3 @@ class Form(NamedTuple):
     slope: float  # of the LeakyReLU
     smallest_square: float  # of a norm that counts
     tolerance: float  # within which cosines tie
-    precision: str  # of a product of float32

@@ -1,4 +1,4 @@
-"""Launching the fused kernels: when they apply, with which blocks, and the matrix products around them.
+"""Launching the kernels: when they apply, with which blocks, and the matrix products around them.
 
 Nothing here waits for the GPU: grids come from shapes, and which texts a launch concerns is decided on the device.
 """
@@ -8,32 +8,32 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
-import math
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from hrem_layers._core.numerics import tie_tolerance
 from hrem_layers.alignment.block import LEAKY_SLOPE
-from hrem_layers.alignment.gpu.arguments import Blocks, Form, Fragments, Sizes
+from hrem_layers.alignment.gpu.arguments import Blocks, Form, Products, Sizes
 from hrem_layers.alignment.scores import PairScores, Scores
 from hrem_layers.alignment.sides import Side, fragments_grad, make_side
 
-# Limits of a tile. What is wider runs as batched PyTorch.
-MAX_WORDS, MAX_REGIONS = 128, 256
-# Words by regions of a tile: as compiled for sm_80 and sm_90, the forward kernel then keeps everything in
-# registers; backward holds more at a time and takes half the columns.
-_TILE_ROWS, _TILE_COLUMNS, _GRAD_TILE_COLUMNS = 64, 192, 96
-# Comparisons of values with one another in a tile, in which the places of the largest are found.
-_COMPARISONS = 2**14
-_NUM_WARPS, _NUM_STAGES = 8, 2
-# elements of the derivative of the similarities that exist at one time in backward
-_GRAD_ELEMENTS = 2**26
+# The similarities of one pair, in powers of 2, have to fit the registers of a program. What is wider runs as batched
+# PyTorch.
+MAX_WORDS, MAX_REGIONS, MAX_PAIR = 128, 256, 2**14
+# Similarities of a program: more are one pair's alone, fewer are several images'. And those of a warp: with few warps
+# nothing is sorted twice, until they spill (benchmarks/kernel_figures.py).
+_TILE = 2**10
+_PER_WARP, _GRAD_PER_WARP = 2**11, 2**10
+# Similarities of a chunk: 32 MB of float32, which the L2 cache of an A100 (40 MB) or H100 (50 MB) holds; and the rows
+# of its product, which cuBLAS likes not to be few.
+_CHUNK, _CHUNK_ROWS = 2**23, 2**11
 
 
 def kernel_applies(image_fragments: Tensor, text_fragments: Tensor, dtype: torch.dtype) -> bool:
-    """Whether the fused kernel can do it: CUDA from Ampere on, Triton at hand, widths within limits, not float64."""
+    """Whether the kernels can do it: CUDA from Ampere on, Triton at hand, widths within limits, not float64."""
     (i, r, _), (t, w, _) = image_fragments.shape, text_fragments.shape
     return (
         image_fragments.device.type == "cuda"
@@ -42,25 +42,53 @@ def kernel_applies(image_fragments: Tensor, text_fragments: Tensor, dtype: torch
         and dtype in (torch.float32, torch.float16, torch.bfloat16)
         and r <= MAX_REGIONS
         and w <= MAX_WORDS
+        and _power_of_2(r) * _power_of_2(w) <= MAX_PAIR
         and i > 0
         and t > 0
         and _has_triton()
     )
 
 
-def region_parts(r: int) -> tuple[int, int]:
-    """Powers of 2 (RA, RB), RA ≥ 16, RB = 0 or ≥ 16, that hold ``r`` regions with few idle columns."""
-    whole = max(16, _power_of_2(r))
-    half = whole // 2
-    rest = max(16, _power_of_2(r - half)) if r > half else 0
-    return (half, rest) if half >= 16 and half + rest < whole else (whole, 0)
+def blocks_for(words: int, r: int, per_warp: int) -> tuple[Blocks, int]:
+    """A program's tile for texts of up to ``words`` words (a power of 2), and its number of warps."""
+    regions = max(16, _power_of_2(r))
+    images = max(1, _TILE // (words * regions))
+    return Blocks(images, words, regions), min(16, max(1, images * words * regions // per_warp))
 
 
-def blocks_for(words: int, r: int, element_size: int, tile_columns: int) -> Blocks:
-    a, b = region_parts(r)
-    images = max(1, min(_floor_power_of_2(tile_columns // (a + b)), _COMPARISONS // words**2))
-    texts = max(1, min(_TILE_ROWS // words, _COMPARISONS // (images * a**2)))
-    return Blocks(texts, images, words, a, b, 128 // element_size)
+class _Inputs(NamedTuple):
+    images: Side
+    texts: Side
+    extent: Tensor  # [t]: place of each text's last real word + 1
+    mode: str
+    topk: int
+    masked: bool
+
+    def launches(self, sizes: Sizes, per_warp: int) -> Iterator[tuple[tuple[int, int], Blocks, int, int]]:
+        """Grid, blocks, the extent that the launch before has dealt with, warps."""
+        smallest, words = -1, 16 if self.masked else max(16, _power_of_2(sizes.words))
+        while True:
+            blocks, warps = blocks_for(words, sizes.regions, per_warp)
+            yield (sizes.texts, -(-sizes.images // blocks.images)), blocks, smallest, warps
+            if words >= sizes.words:
+                return
+            smallest, words = words, 2 * words
+
+    def chunk(self, t0: int, t1: int, i0: int, i1: int, row_length: int) -> tuple[Products, Sizes]:
+        w, r = (side.runs[0].width for side in (self.texts, self.images))
+        x = product(self.texts.rows[t0 * w : t1 * w], self.images.rows[i0 * r : i1 * r].t())
+        parts = (
+            None if x is None else x[a:b]
+            for x, a, b in (
+                (self.texts.mask, t0, t1), (self.images.mask, i0, i1),
+                (self.texts.longest, t0, t1), (self.images.longest, i0, i1),
+            )
+        )  # fmt: skip
+        return Products(x, *parts), Sizes(t1 - t0, i1 - i0, w, r, self.topk, row_length)
+
+    def form(self) -> Form:
+        eps = torch.finfo(torch.float32).eps
+        return Form(self.mode == "scan", LEAKY_SLOPE, eps**2, tie_tolerance(torch.float32))
 
 
 def score_all_fused(
@@ -74,22 +102,19 @@ def score_all_fused(
     dtype: torch.dtype,
 ) -> Scores:
     """As :func:`hrem_layers.alignment.tiles.score_all`."""
-    from hrem_layers.alignment.gpu.kernel import align_kernel
+    from hrem_layers.alignment.gpu.kernel import score_kernel
 
-    images, texts, order, extent = _inputs(image_fragments, text_fragments, image_mask, text_mask, mode, dtype)
-    (i, r, d), (t, w, _) = image_fragments.shape, text_fragments.shape
-    out = PairScores(
-        *(torch.zeros(shape, device=extent.device) for shape in ((t, i), (t, i), (t, i, topk), (t, i, topk)))
-    )
-    for blocks, smallest in _launches(w, r, dtype.itemsize, text_mask is not None, _TILE_COLUMNS):
-        align_kernel[_grid(blocks, t, i)](
-            _part(texts, w, slice(0, t)), _part(images, r, slice(0, i)), extent, out, Sizes(t, i, w, r, d, topk),
-            blocks, smallest, _form(mode), num_warps=_NUM_WARPS, num_stages=_NUM_STAGES,
-        )  # fmt: skip
-    _spread_what_is_not_finite(out, texts.rows.view(t, -1), images.rows.view(i, -1))
-    if order is not None:
-        back = order.argsort()
-        out = PairScores(*(x.index_select(0, back) for x in out))
+    given = _inputs(image_fragments, text_fragments, image_mask, text_mask, mode, topk, dtype)
+    (i, r, _), (t, w, _) = image_fragments.shape, text_fragments.shape
+    means, tops = (torch.zeros(shape, device=given.extent.device) for shape in ((2, t, i), (2, t, i, topk)))
+    out = PairScores(*means, *tops)
+    for t0, t1, i0, i1 in _chunks(t, w, i, r):
+        products, sizes = given.chunk(t0, t1, i0, i1, i)
+        window = out.window(slice(t0, t1), slice(i0, i1))
+        for grid, blocks, smallest, warps in given.launches(sizes, _PER_WARP):
+            score_kernel[grid](
+                products, given.extent[t0:t1], window, sizes, blocks, smallest, given.form(), num_warps=warps
+            )
     return out.scores()
 
 
@@ -105,13 +130,12 @@ def score_all_fused_backward(
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     """As :func:`hrem_layers.alignment.tiles.score_all_backward`; the similarities are computed again."""
-    from hrem_layers.alignment.gpu.kernel import align_grad_kernel
+    from hrem_layers.alignment.gpu.kernel import score_grad_kernel
 
-    images, texts, order, extent = _inputs(image_fragments, text_fragments, image_mask, text_mask, mode, dtype)
-    (i, r, d), (t, w, _) = image_fragments.shape, text_fragments.shape
+    given = _inputs(image_fragments, text_fragments, image_mask, text_mask, mode, topk, dtype)
+    images, texts = given.images, given.texts
+    (i, r, _), (t, w, _) = image_fragments.shape, text_fragments.shape
     pair_grad = PairScores.of(grad)
-    if order is not None:
-        pair_grad = PairScores(*(x.index_select(0, order) for x in pair_grad))
     before = torch.nn.functional.pad
     pair_grad = PairScores(
         pair_grad.mean_i2t.contiguous(),
@@ -122,19 +146,26 @@ def score_all_fused_backward(
     grad_images = torch.zeros_like(images.rows, dtype=torch.float32)
     grad_texts = torch.zeros_like(texts.rows, dtype=torch.float32)
     for t0, t1, i0, i1 in _chunks(t, w, i, r):
+        products, sizes = given.chunk(t0, t1, i0, i1, i)
+        grad_x = torch.zeros_like(products.x, dtype=dtype)
+        window = pair_grad.window(slice(t0, t1), slice(i0, i1))
+        for grid, blocks, smallest, warps in given.launches(sizes, _GRAD_PER_WARP):
+            score_grad_kernel[grid](
+                products, given.extent[t0:t1], window, grad_x, sizes, blocks, smallest, given.form(), num_warps=warps
+            )
         rows, columns = slice(t0 * w, t1 * w), slice(i0 * r, i1 * r)
-        grad_x = torch.zeros((t1 - t0) * w, (i1 - i0) * r, dtype=dtype, device=extent.device)
-        for blocks, smallest in _launches(w, r, dtype.itemsize, text_mask is not None, _GRAD_TILE_COLUMNS):
-            align_grad_kernel[_grid(blocks, t1 - t0, i1 - i0)](
-                _part(texts, w, slice(t0, t1)), _part(images, r, slice(i0, i1)), extent[t0:t1],
-                PairScores(*(x[t0:t1, i0:i1] for x in pair_grad)), grad_x, Sizes(t1 - t0, i1 - i0, w, r, d, topk), i,
-                blocks, smallest, _form(mode), num_warps=_NUM_WARPS, num_stages=_NUM_STAGES,
-            )  # fmt: skip
-        grad_images[columns] += grad_x.t() @ texts.rows[rows]
-        grad_texts[rows] += grad_x @ images.rows[columns]
-    if order is not None:
-        texts = texts._replace(source=_row_source(order, w), mask=None)
+        grad_images[columns] += product(grad_x.t(), texts.rows[rows])
+        grad_texts[rows] += product(grad_x, images.rows[columns])
     return fragments_grad(grad_images, images, image_fragments), fragments_grad(grad_texts, texts, text_fragments)
+
+
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b in float32, whatever they are: half types are multiplied as they are and added in float32."""
+    if a.dtype == torch.float32:
+        return a @ b
+    if a.is_cuda and _half_to_float():
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return a.float() @ b.float()
 
 
 def _inputs(
@@ -143,76 +174,31 @@ def _inputs(
     image_mask: Tensor | None,
     text_mask: Tensor | None,
     mode: str,
+    topk: int,
     dtype: torch.dtype,
-) -> tuple[Side, Side, Tensor | None, Tensor]:
-    """Both sides in the padded layout, texts sorted by extent, the order of the texts and their extents."""
+) -> _Inputs:
     t, w, _ = text_fragments.shape
-    order = None
     if text_mask is None:
         extent = torch.full((t,), w, dtype=torch.int32, device=text_fragments.device)
     else:
         place = torch.arange(1, w + 1, dtype=torch.int32, device=text_mask.device)
-        extent, order = (text_mask * place).amax(dim=1).sort(stable=True)
-        text_fragments, text_mask = text_fragments.index_select(0, order), text_mask.index_select(0, order)
-    normalize = mode != "dot"
-    sides = (
-        make_side(image_fragments, image_mask, packed=False, normalize=normalize, dtype=dtype),
-        make_side(text_fragments, text_mask, packed=False, normalize=normalize, dtype=dtype),
+        extent = (text_mask * place).amax(dim=1)
+    images, texts = (
+        make_side(x, mask, packed=False, normalize=mode != "dot", dtype=dtype)
+        for x, mask in ((image_fragments, image_mask), (text_fragments, text_mask))
     )
     images, texts = (
         side._replace(rows=side.rows.contiguous(), mask=None if side.mask is None else side.mask.contiguous())
-        for side in sides
+        for side in (images, texts)
     )
-    return images, texts, order, extent
-
-
-def _row_source(order: Tensor, w: int) -> Tensor:
-    return (order.unsqueeze(1) * w + torch.arange(w, device=order.device)).flatten()
-
-
-def _launches(w: int, r: int, element_size: int, masked: bool, tile_columns: int) -> Iterator[tuple[Blocks, int]]:
-    """Blocks, and the extent that the launch before them has dealt with."""
-    smallest, words = 0, 16 if masked else max(16, _power_of_2(w))
-    while True:
-        yield blocks_for(words, r, element_size, tile_columns), smallest
-        if words >= w:
-            return
-        smallest, words = words, 2 * words
-
-
-def _grid(blocks: Blocks, t: int, i: int) -> tuple[int, int]:
-    return -(-t // blocks.texts), -(-i // blocks.images)
-
-
-def _part(side: Side, width: int, items: slice) -> Fragments:
-    """What the kernel is given of the items of one side."""
-    mask = None if side.mask is None else side.mask[items]
-    longest = None if side.longest is None else side.longest[items]
-    return Fragments(side.rows[items.start * width : items.stop * width], mask, longest)
-
-
-def _form(mode: str) -> Form:
-    precision = "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
-    eps = torch.finfo(torch.float32).eps
-    return Form(mode == "scan", LEAKY_SLOPE, eps**2, tie_tolerance(torch.float32), precision)
-
-
-def _spread_what_is_not_finite(out: PairScores, texts: Tensor, images: Tensor) -> None:
-    """NaN to all scores of an item (row) that is not finite: maxima on the chip pass a NaN over."""
-    text, image = (
-        x.new_zeros(len(x)).masked_fill_(~x.isfinite().all(dim=1), torch.nan).float() for x in (texts, images)
-    )
-    pair = text.unsqueeze(1) + image
-    out.mean_i2t.add_(pair)
-    out.mean_t2i.add_(pair)
-    out.top_i2t.add_(pair.unsqueeze(2))
-    out.top_t2i.add_(pair.unsqueeze(2))
+    return _Inputs(images, texts, extent, mode, topk, text_mask is not None)
 
 
 def _chunks(t: int, w: int, i: int, r: int) -> Iterator[tuple[int, int, int, int]]:
-    """Texts and images of each piece of backward."""
-    per_image = max(1, min(i, _GRAD_ELEMENTS // (w * r)))
-    per_text = max(1, min(t, _GRAD_ELEMENTS // (w * r * per_image)))
+    """Texts and images whose products are made at one time: a few more rows than cuBLAS needs, the rest columns."""
+    per_text = max(1, min(t, _CHUNK_ROWS // w, _CHUNK // (w * r)))
+    per_image = max(1, min(i, _CHUNK // (per_text * w * r)))
+    per_text = max(per_text, min(t, _CHUNK // (w * r * per_image)))
     for t0 in range(0, t, per_text):
         for i0 in range(0, i, per_image):
             yield t0, min(t, t0 + per_text), i0, min(i, i0 + per_image)
@@ -222,8 +208,10 @@ def _power_of_2(n: int) -> int:
     return 1 << max(0, n - 1).bit_length()
 
 
-def _floor_power_of_2(n: int) -> int:
-    return 1 << int(math.log2(max(1, n)))
+@functools.cache
+def _half_to_float() -> bool:
+    """Whether ``torch.mm`` takes ``out_dtype`` (PyTorch 2.8): before, half types are widened first, and slower."""
+    return "dtype" in torch.ops.aten.mm.overloads()
 
 
 @functools.cache

@@ -1,0 +1,203 @@
+"""Sums over anchors like those of ``_rows.py``, from embeddings: the similarity is never whole.
+
+A chunk of anchors is multiplied with the other side, its value and the gradient of its similarities are found in one
+go, and two more products turn this gradient into that of the embeddings before the next chunk is taken. What stays
+for the backward pass is as large as the embeddings.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from hrem_layers._core.checks import check_bool, check_int, check_tensor, said
+from hrem_layers._core.numerics import autocast_off, compute_dtype, l2_normalize
+from hrem_layers.losses._pairs import one_if_finite
+from hrem_layers.losses._positives import Positives, check_positive_pairs
+from hrem_layers.losses._rows import RowLoss, Ways, in_chunks
+
+TILE_ELEMENTS = 2**22
+"""Similarities in one chunk where the caller names no size: 16 MB in float32, enough rows for a fast product."""
+
+SPARSE = 64
+"""Where fewer than one in so many similarities have a gradient, those are multiplied alone."""
+
+
+class Plan(NamedTuple):
+    """Who belongs together, which anchors are summed over, and how many at a time."""
+
+    positives: Positives
+    rows: tuple[slice, slice]
+    """Images and texts that are anchors here, both with a start and a stop."""
+    chunk_size: int | None
+
+
+def open_stream(
+    image_embedding: Tensor,
+    text_embedding: Tensor,
+    *,
+    image_ids: Tensor | None,
+    text_ids: Tensor | None,
+    positives: Tensor | None,
+    normalize: bool,
+    chunk_size: int | None,
+    image_rows: slice | None,
+    text_rows: slice | None,
+) -> tuple[Tensor, Tensor, Plan]:
+    """The arguments of ``from_embeddings``, checked; both embeddings in the dtype that is computed in."""
+    dtype = streamed_dtype(image_embedding, text_embedding)
+    n, m, device = image_embedding.shape[0], text_embedding.shape[0], image_embedding.device
+    for name, length in (("image_embedding", n), ("text_embedding", m)):
+        if not length:
+            raise ValueError(f"{name} must hold at least 1 item, got an empty batch")
+    pairs = check_positive_pairs(n, m, device, image_ids=image_ids, text_ids=text_ids, positives=positives)
+    check_bool("normalize", normalize)
+    if chunk_size is not None and not torch.compiler.is_compiling():
+        check_int("chunk_size", chunk_size, minimum=1)
+    rows = (_check_rows("image_rows", image_rows, n), _check_rows("text_rows", text_rows, m))
+    x, y = image_embedding.to(dtype), text_embedding.to(dtype)
+    if normalize:
+        x, y = l2_normalize(x), l2_normalize(y)
+    return x, y, Plan(pairs, rows, chunk_size)
+
+
+def streamed_dtype(image_embedding: Tensor, text_embedding: Tensor) -> torch.dtype:
+    """The dtype in which both are multiplied, after a look at what they are."""
+    check_tensor("image_embedding", image_embedding, ("N", "D"))
+    check_tensor("text_embedding", text_embedding, ("M", image_embedding.shape[1]), device=image_embedding.device)
+    return torch.promote_types(*(compute_dtype(x.dtype) for x in (image_embedding, text_embedding)))
+
+
+def _check_rows(name: str, rows: slice | None, length: int) -> slice:
+    if rows is None:
+        return slice(0, length)
+    if not isinstance(rows, slice):
+        raise TypeError(f"{name} must be a slice of anchors or None, got {said(rows)}")
+    if rows.step not in (None, 1) or any(end is not None and not 0 <= end <= length for end in (rows.start, rows.stop)):
+        raise ValueError(f"{name} must be a slice of step 1 within the {length} anchors, got {rows}")
+    start = rows.start or 0
+    return slice(start, max(start, length if rows.stop is None else rows.stop))
+
+
+def streamed_sum(
+    loss: RowLoss, x: Tensor, y: Tensor, plan: Plan, *, ways: Ways, shared: tuple[Tensor, ...] = ()
+) -> Tensor:
+    """``loss`` summed over the plan's images and, with a second entry of ``ways``, over its texts, as a scalar.
+
+    Args:
+        loss: as for :func:`~hrem_layers.losses._rows.sum_over_anchors`.
+        x: (N, D); y: (M, D), of one dtype. Their products are the similarities.
+        plan: as :func:`open_stream` makes it.
+        ways: what each anchor has of its own, of all N images and all M texts; no gradient.
+        shared: 0-dimensional tensors, to which gradient flows as to the embeddings.
+
+    Returns:
+        A scalar; NaN where a similarity that was looked at, or one of ``shared`` is not finite.
+    """
+    with autocast_off(x.device):
+        if torch.compiler.is_compiling():
+            total = _by_autograd(loss, x, y, plan, ways, shared, recompute=True)
+            finite = x.new_ones(())
+        elif not (torch.is_grad_enabled() and any(t.requires_grad for t in (x, y, *shared))):
+            total, finite = _in_chunks(loss, x, y, plan, ways, shared, grads=None)
+        else:
+            total, finite, *_ = _StreamedSum.apply(loss, plan, ways, x, y, *shared)  # type: ignore[no-untyped-call]
+    return total * (finite * one_if_finite(*shared) if shared else finite)
+
+
+def _chunks(rows: slice, chunk_size: int | None, width: int) -> list[slice]:
+    size = chunk_size or max(1, TILE_ELEMENTS // width)
+    return [slice(start, min(start + size, rows.stop)) for start in range(rows.start, rows.stop, size)]
+
+
+def _in_chunks(
+    loss: RowLoss, x: Tensor, y: Tensor, plan: Plan, ways: Ways, shared: tuple[Tensor, ...],
+    grads: tuple[Tensor, ...] | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The sum, and 1 if all was finite, else NaN; gradients of embeddings and shared are added to ``grads``."""
+    sides = x.detach(), y.detach()
+    total, finite = x.new_zeros((), dtype=x.dtype), x.new_ones(())
+    for way, per_row in enumerate(ways):
+        anchors, others = sides[way], sides[1 - way]
+        for here in _chunks(plan.rows[way], plan.chunk_size, others.shape[0]):
+            own = anchors[here]
+            s, flags = own @ others.t(), plan.positives.rows(way, here)
+            finite = finite * one_if_finite(s)
+            per_anchor = (tuple(t[here] for t in per_row),)
+            if grads is None:
+                total += in_chunks(loss, s, flags, per_anchor, shared, grads=None)
+                continue
+            of_s = torch.empty_like(s)
+            total += in_chunks(loss, s, flags, per_anchor, shared, grads=(of_s, *grads[2:]))
+            _add_products(of_s, own, others, grads[way][here], grads[1 - way])
+    return total, finite
+
+
+def _add_products(of_s: Tensor, own: Tensor, others: Tensor, grad_own: Tensor, grad_others: Tensor) -> None:
+    """Adds ``of_s @ others`` and ``of_s.T @ own``.
+
+    One negative per anchor leaves ``of_s`` zero nearly everywhere. On a CPU, where looking for it waits for nothing,
+    what is not zero is then multiplied alone, as many at a time as ``others`` has rows.
+    """
+    if of_s.device.type == "cpu" and SPARSE * int(torch.count_nonzero(of_s)) < of_s.numel():
+        places = of_s.nonzero(as_tuple=True)
+        for i, j, values in zip(*(t.split(len(others)) for t in (*places, of_s[places].unsqueeze(1))), strict=True):
+            grad_own.index_add_(0, i, values * others[j])
+            grad_others.index_add_(0, j, values * own[i])
+        return
+    grad_own.addmm_(of_s, others)
+    grad_others.addmm_(of_s.t(), own)
+
+
+def _by_autograd(
+    loss: RowLoss, x: Tensor, y: Tensor, plan: Plan, ways: Ways, shared: tuple[Tensor, ...], *, recompute: bool
+) -> Tensor:
+    """The same by autograd: traced, and differentiable twice. ``recompute``: every chunk is computed again in the
+    backward pass instead of being kept (torch.func knows no such thing)."""
+
+    def chunk(own: Tensor, others: Tensor, flags: Tensor, per_anchor: tuple[Tensor, ...], *shared: Tensor) -> Tensor:
+        s = own @ others.t()
+        return loss(s, flags, *per_anchor, *shared) * one_if_finite(s)
+
+    run = partial(checkpoint, chunk, use_reentrant=False, preserve_rng_state=False) if recompute else chunk
+    total = x.new_zeros(())
+    for way, per_row in enumerate(ways):
+        anchors, others = (x, y) if not way else (y, x)
+        for here in _chunks(plan.rows[way], plan.chunk_size, others.shape[0]):
+            flags, per_anchor = plan.positives.rows(way, here), tuple(t[here] for t in per_row)
+            total = total + run(anchors[here], others, flags, per_anchor, *shared)
+    return total
+
+
+class _StreamedSum(torch.autograd.Function):
+    """The sum, with the gradient found on the way. A second derivative is that of autograd, which keeps all chunks."""
+
+    @staticmethod
+    def forward(loss: RowLoss, plan: Plan, ways: Ways, x: Tensor, y: Tensor, *shared: Tensor) -> tuple[Tensor, ...]:
+        grads = tuple(torch.zeros_like(t) for t in (x, y, *shared))
+        return *_in_chunks(loss, x, y, plan, ways, shared, grads), *grads
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.loss, ctx.plan, ctx.ways, *tensors = inputs
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*output[2:], *tensors)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+        saved = ctx.saved_tensors  # read once: under activation checkpointing a second look is an error
+        known, tensors = saved[: len(saved) // 2], saved[len(saved) // 2 :]
+        if grad is None:
+            return (None,) * (3 + len(tensors))
+        if not torch.is_grad_enabled():
+            return None, None, None, *(grad * x for x in known)
+        leaves = [x for x in tensors if x.requires_grad]  # create_graph=True
+        x, y, *shared = tensors
+        value = _by_autograd(ctx.loss, x, y, ctx.plan, ctx.ways, tuple(shared), recompute=False)
+        found = iter(torch.autograd.grad(value, leaves, grad, create_graph=True))
+        return None, None, None, *(next(found) if x.requires_grad else None for x in tensors)
