@@ -12,7 +12,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from benchmarks.evidence import collapse, families, read_test, store, synthetic, tables
+from benchmarks.evidence import collapse, effects, families, read_test, store, synthetic, tables
 from benchmarks.evidence.__main__ import draw_settings, label, run
 from benchmarks.evidence.graph_quality import measure, percentile_of_own
 from benchmarks.evidence.loaded import load
@@ -122,6 +122,28 @@ def test_split_keeps_families_whole_and_its_file_is_checked(tmp_path):
         families.read(tmp_path / "s.txt", [*names[:-1], "another"])
 
 
+def test_pictures_that_were_read_never_come_to_test(tmp_path):
+    random = np.random.default_rng(0)
+    group = random.integers(200, size=600)
+    names = [f"n{i}" for i in range(600)]
+    assert families.read_before(names, tmp_path / "none.txt") is None
+    (tmp_path / "read.txt").write_text("\n".join(names[:150]) + "\n")
+    read = families.read_before(names, tmp_path / "read.txt")
+    assert read.tolist() == [i < 150 for i in range(600)]
+    splits = families.split(group, dev=60, test=120, read=read)
+    touched = np.isin(group, group[read])
+    assert not (splits[touched] == "test").any() and touched[splits == "dev"].all()
+    assert (splits == "test").sum() >= 120 and (splits == "dev").sum() >= 60
+
+
+def test_icons_of_the_test_split_were_not_read_before():
+    held = [row.split("\t") for row in (families.SPLITS / "icons.txt").read_text().splitlines()[1:]]
+    test = {name for split, name in held if split == "test"}
+    read = set((families.SPLITS / "read" / "icons.txt").read_text().splitlines())
+    first = {row.split("\t")[1] for row in (families.SPLITS / "icons_split1.txt").read_text().splitlines()[1:]}
+    assert first <= read and len(test) >= 1000 and not test & read
+
+
 @pytest.mark.parametrize("path", sorted(families.SPLITS.glob("*.txt")), ids=lambda p: p.stem)
 def test_split_files_of_the_repository_are_sound(path):
     first, *rest = path.read_text(encoding="utf-8").splitlines()
@@ -207,6 +229,24 @@ def test_run_is_resumed_read_once_and_tabled(tmp_path, data, monkeypatch):
     assert "| `base` | 2 |" in page and "near" in page and (tmp_path / "results.svg").stat().st_size > 0
 
 
+def test_combined_difference_by_hand():
+    def lines(data, row, totals):
+        return [
+            line(data=data, row=row, seed=i, split="test", metrics=dict.fromkeys(store.METRICS, float(x)))
+            for i, x in enumerate(totals)
+        ]
+
+    found = [
+        *lines("icons", "base", [10, 20, 30]), *lines("icons", "recipe", [12, 23, 34]),  # 2, 3, 4
+        *lines("stamps", "base", [5, 5]), *lines("stamps", "recipe", [9, 10]),  # 4, 5
+        *lines("icons_split1", "base", [0, 0]), *lines("icons_split1", "recipe", [90, 90]),
+    ]  # fmt: skip
+    sets, d = effects.combined(found, "recipe", "base", "test")
+    assert sets == ["icons", "stamps"] and (d.n, d.mean) == (2, 3.5)  # 3 and 4
+    assert effects.combined(found, "base_infonce", "base", "test") is None
+    assert "+3.5" in effects.effects_section(found)
+
+
 def test_missing_weights_and_rows_are_named(tmp_path, data):
     where = {"results": tmp_path / "r.csv", "readings": tmp_path / "x.csv", "cache": tmp_path}
     with pytest.raises(RuntimeError, match="expected trainings"):
@@ -235,7 +275,62 @@ def test_graph_quality_of_pairs_that_share_their_fragments(data, monkeypatch):
     assert all(-1 <= x <= 1 for x in found.values()) and json.dumps(found)
 
 
-@pytest.mark.parametrize("start", ["base", "library", "residual", "centred", "zero", "tenth"])
+@pytest.mark.parametrize("start", ["base", "again", "library", "residual", "centred", "zero", "tenth"])
 def test_every_start_of_the_study_of_collapse_trains(data, start):
     got = collapse.train_start(data, start, "hardest-mean", lr=1e-3, clip=2, seed=0, steps=2, batch=16)
-    assert 0 <= got["rsum"] <= 600 and math.isnan(got["cosine"]) == (start == "base")
+    assert 0 <= got["rsum"] <= 600 and math.isnan(got["cosine"]) == (start in ("base", "again"))
+
+
+def test_starts_of_a_seed_see_the_same_batches(data, monkeypatch):
+    seen = {}
+    for start in ("base", "again", "library"):
+        batches = seen.setdefault(start, [])
+
+        class Watched(Pair):
+            def forward(self, images, tokens, batches=batches):
+                batches.append(images.sum().item())
+                return super().forward(images, tokens)
+
+        monkeypatch.setattr(collapse, "Pair", Watched)
+        collapse.train_start(data, start, "hardest-mean", lr=1e-3, clip=0, seed=3, steps=7, batch=16)
+    assert len(set(seen["base"])) > 1 and seen["base"] == seen["again"] == seen["library"]
+
+
+def grid(tmp_path, folder, *more):
+    out = tmp_path / "c.csv"
+    collapse.main(
+        ["--data", str(folder), "--pairs", "hardest-mean", "infonce", "--lrs", "1e-3", "--seeds", "0", "--steps", "2",
+         "--batch", "16", "--out", str(out), *more]
+    )  # fmt: skip
+    return list(csv.DictReader(out.read_text().splitlines()))
+
+
+def test_grid_of_collapse_is_resumed_and_repeats_no_training_that_nothing_was_clipped_in(tmp_path, folder, monkeypatch):
+    monkeypatch.setattr(collapse, "load", lambda path, captions: load(path, 1))
+    lines = grid(tmp_path, folder)
+    assert len(lines) == 8 and len({tuple(x[k] for k in collapse.KEY) for x in lines}) == 8
+    for x in lines:
+        assert (x["seconds"] == "0") == (x["clip"] == "2" and float(x["norm"]) < 1.98)
+    with (tmp_path / "c.csv").open("a") as file:
+        file.write("half a li")
+    assert grid(tmp_path, folder) == lines
+
+
+def test_copied_line_is_what_the_training_with_clipping_gives(data):
+    free, clipped = (
+        collapse.train_start(data, "library", "hardest-mean", lr=1e-3, clip=clip, seed=0, steps=3, batch=16)
+        for clip in (0, 1e6)
+    )
+    assert free == clipped
+
+
+def test_summary_of_collapse_by_hand(capsys, tmp_path):
+    def lines(start, totals, lr="0.001"):
+        values = dict.fromkeys(collapse.COLUMNS, "0") | {"data": "d", "pair": "infonce", "lr": lr, "start": start}
+        return [values | {"seed": str(i), "rsum": str(x)} for i, x in enumerate(totals)]
+
+    found = [*lines("base", [100, 200]), *lines("library", [90, 220]), *lines("library", [1], lr="0.1")]
+    assert collapse.ratios(found, "d", "library") == {("infonce", "0.001", "0", "0"): [0.9, 1.1]}
+    rows = [[c.strip() for c in row.split("|")[1:-1]] for row in collapse.summary(found)[2:]]
+    assert rows[0] == ["d", "`library`", "0.001", "1", "2", "1.000", "1.000", "0", "1", "0.900"]
+    assert rows[1] == ["d", "`library`", "all", *rows[0][3:]] and len(rows) == 2

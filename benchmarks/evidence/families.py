@@ -35,9 +35,13 @@ def group(stems: Sequence[Hashable], captions: Sequence[Sequence[str]], features
     return np.array([root(i) for i in range(len(stems))])
 
 
-def split(families: np.ndarray, *, dev: int, test: int, seed: int = 0) -> np.ndarray:
+def split(families: np.ndarray, *, dev: int, test: int, seed: int = 0, read: np.ndarray | None = None) -> np.ndarray:
     """The split of each picture (n,): train, dev or test. Whole families are drawn at random until test and dev hold
-    about as many as asked for; families of more than 2% of all pictures are for training."""
+    about as many as asked for; families of more than 2% of all pictures are for training.
+
+    ``read`` (n,) bool: pictures that an earlier decision was made on. Their families are dev or train, and dev is
+    drawn among them alone, so that all others remain for test and train.
+    """
     members: dict[int, list[int]] = {}
     for i, family in enumerate(families.tolist()):
         members.setdefault(family, []).append(i)
@@ -48,12 +52,21 @@ def split(families: np.ndarray, *, dev: int, test: int, seed: int = 0) -> np.nda
     for family in order:
         if len(members[family]) > 0.02 * len(families):
             continue
-        for name in wanted:
+        known = read is not None and bool(read[members[family]].any())
+        for name in wanted if read is None else ("dev",) if known else ("test",):
             if wanted[name] > 0:
                 out[members[family]] = name
                 wanted[name] -= len(members[family])
                 break
     return out
+
+
+def read_before(names: Sequence[str], path: Path) -> np.ndarray | None:
+    """Which of ``names`` the file lists, a name per line, (n,) bool; None if there is no file."""
+    if not path.is_file():
+        return None
+    listed = set(path.read_text(encoding="utf-8").splitlines())
+    return np.array([name in listed for name in names])
 
 
 def write(path: Path, names: Sequence[str], splits: np.ndarray) -> None:

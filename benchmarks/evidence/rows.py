@@ -71,4 +71,4 @@ _TRIPLET = {
 }
 ROWS = {name + ending: replace(row, pair=pair) for pair, ending in (("triplet", ""), ("infonce", "_infonce"))
         for name, row in _TRIPLET.items()}  # fmt: skip
-ROWS["recipe"] = ROWS["relations"]  # the best on icons so far; see docs/results.md
+ROWS["recipe"] = ROWS["relations"]  # fixed on the first split of the icons; how it did since: docs/results.md

@@ -55,6 +55,11 @@ def paired(ours: Sequence[float], base: Sequence[float]) -> Difference:
     return Difference(n, mean, t * error, (t + t_quantile(0.8, n - 1)) * error)
 
 
+def number(x: float, sign: bool = False) -> str:
+    """One decimal; empty for NaN."""
+    return "" if math.isnan(x) else f"{x:+.1f}" if sign else f"{x:.1f}"
+
+
 def t_quantile(p: float, df: int) -> float:
     """The p-quantile of Student's t with ``df`` degrees of freedom, by bisection on :func:`t_cdf`."""
     if not 0 < p < 1 or df < 1:

@@ -6,7 +6,7 @@ import csv
 import json
 import os
 import subprocess
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -57,6 +57,11 @@ def read(path: Path) -> list[Line]:
         )
         for r in rows
     ]  # fmt: skip
+
+
+def by_seed(lines: Sequence[Line], data: str, row: str, split: str, metric: str = "rsum") -> dict[int, float]:
+    """Seed -> the metric, of the fresh trainings; the last line counts where settings were searched again."""
+    return {x.seed: x.metrics[metric] for x in lines if (x.data, x.row, x.split) == (data, row, split)}
 
 
 def append(path: Path, lines: Iterable[Line]) -> None:
