@@ -57,7 +57,7 @@ class RelationInteraction(nn.Module):
         relation_weight: λ, any finite number; 0 attends on edges without regard to relevance.
         residual: give ``v + x / ‖x‖`` of the normalised embedding v and what the layers make of it, x; False = x alone,
             as the release does. Without it all x can become one vector within a few steps of a large learning rate,
-            at a loss of twice the margin and without a gradient that leads back (docs/method.md).
+            at a loss of twice the margin and without a gradient that leads back (docs/results.md).
         layer: a function without arguments that makes another layer, called once per layer (standalone: four times):
             a module ``(x (n, D), bias (n, m), context (m, D) or None) -> (n, D)``, bias −inf where there is no edge.
             ``num_heads``, ``ffn_dim`` and ``dropout`` are then not used.
