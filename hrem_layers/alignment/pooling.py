@@ -40,6 +40,7 @@ def pool(values: Tensor, real: Tensor | None, out_mean: Tensor, out_top: Tensor)
     if real is None:
         mean, top = values.mean(dim=-1), largest(values, k)
     else:
+        values = values.contiguous()  # words come transposed
         count = real.sum(dim=-1)
         mean = values.masked_fill(~real, 0).sum(dim=-1) / count.clamp(min=1)
         top = largest(values.masked_fill(~real, -torch.inf), k).masked_fill(~_taken(count, k), 0)

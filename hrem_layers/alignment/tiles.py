@@ -26,8 +26,8 @@ _CPU_TILE_ROWS = 2304
 # A row of a tile begins at a multiple of this many similarities: rows that begin within a cache line cost a product on a
 # CPU up to 40% of its speed.
 ROW_MULTIPLE = 16
-# Similarities of a block on a CPU: with a temporary they fit a core's second-level cache.
-_CPU_BLOCK = 2**17
+# Similarities of a block on a CPU (1 MB): about a core's second-level cache.
+_CPU_BLOCK = 2**18
 
 
 class Setting(NamedTuple):
@@ -104,7 +104,7 @@ def score_all(
             block_maxima(block, *masks, tile.window(best, text_run, image_run), mode=setting.mode)
         real = _real_of(texts, tile.text_runs), _real_of(images, tile.image_runs)
         block_pool(best, *real, out.window(tile.texts(), tile.images()))
-    kept[store.used :].zero_()  # an operator's output is defined in every element
+    kept[store.used :].zero_()
     return _restore_order(out, images.order, texts.order).scores()
 
 
@@ -156,7 +156,9 @@ class _Store:
         size = words * stride
         if self.used + size <= self.kept.numel():
             self.used += size
-            return self.kept[self.used - size : self.used].view(words, stride)[:, :regions], True
+            room = self.kept[self.used - size : self.used].view(words, stride)
+            room[:, regions:].zero_()  # an operator's output is defined in every element
+            return room[:, :regions], True
         if self.scratch.numel() < size:
             self.scratch = self.kept.new_empty(size)
         return self.scratch[:size].view(words, stride)[:, :regions], False
