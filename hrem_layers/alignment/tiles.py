@@ -23,8 +23,8 @@ from hrem_layers.alignment.sides import Run, Side, fragments_grad, make_side
 # for the last-level cache. Elsewhere: enough to fill the chip.
 _CPU_TILE, _OTHER_TILE = 2**21, 2**24
 _CPU_TILE_ROWS = 2304
-# A row of a tile begins at a multiple of this many similarities: rows that begin within a cache line cost a product on a
-# CPU up to 40% of its speed.
+# A row of a tile begins at a multiple of this many similarities: where rows begin within a cache line, a product on a
+# CPU loses up to 40% of its speed.
 ROW_MULTIPLE = 16
 # Similarities of a block on a CPU (1 MB): about a core's second-level cache.
 _CPU_BLOCK = 2**18
