@@ -93,7 +93,7 @@ def score_all(
     wide = compute_dtype(setting.dtype)
     shapes = (t, i), (t, i), (t, i, k), (t, i, k)
     out = PairScores(*(torch.zeros(shape, dtype=wide, device=kept.device) for shape in shapes))
-    store = _Store(kept)
+    store = _Store(kept, filled=False)
     for tile in _tiles(images, texts, image_fragments, text_fragments, setting):
         x, _ = store.take(tile)
         _product(images, texts, tile, x)
@@ -123,7 +123,7 @@ def score_all_backward(
     wide = compute_dtype(setting.dtype)
     allocate = torch.empty_like if images.runs and texts.runs else torch.zeros_like  # no tile writes to the latter
     grad_images, grad_texts = (allocate(side.rows, dtype=wide) for side in (images, texts))
-    store, scratch = _Store(kept), _Store(kept.new_empty(0))
+    store, scratch = _Store(kept, filled=True), _Store(kept.new_empty(0), filled=False)
     for tile in _tiles(images, texts, image_fragments, text_fragments, setting):
         s, filled = store.take(tile)
         if not filled:
@@ -146,8 +146,8 @@ def score_all_backward(
 class _Store:
     """Room for the tiles' similarities: first in the buffer that is kept, then in one that is used again."""
 
-    def __init__(self, kept: Tensor) -> None:
-        self.kept, self.used, self.scratch = kept, 0, kept.new_empty(0)
+    def __init__(self, kept: Tensor, *, filled: bool) -> None:
+        self.kept, self.filled, self.used, self.scratch = kept, filled, 0, kept.new_empty(0)
 
     def take(self, tile: Tile) -> tuple[Tensor, bool]:
         """A matrix (words, regions) for ``tile``, and whether it lies in the kept buffer."""
@@ -157,7 +157,8 @@ class _Store:
         if self.used + size <= self.kept.numel():
             self.used += size
             room = self.kept[self.used - size : self.used].view(words, stride)
-            room[:, regions:].zero_()  # an operator's output is defined in every element
+            if not self.filled:
+                room[:, regions:].zero_()  # an operator's output is defined in every element
             return room[:, :regions], True
         if self.scratch.numel() < size:
             self.scratch = self.kept.new_empty(size)
