@@ -8,7 +8,6 @@ python benchmarks/run_all.py alignment_ratio.py loss_ratio.py      # these; the 
 from __future__ import annotations
 
 import argparse
-import os
 import subprocess
 import sys
 import time
@@ -28,7 +27,6 @@ SCRIPTS: dict[str, tuple[str, str]] = {
     "cost_curves.py": ("", ""),
     "autocast.py": ("", "--repeats 3"),
     "dtype_error.py": ("", "--seeds 1"),
-    "candidates_effect.py": ("", ""),
     "compile.py": ("", ""),
     "alignment_gpu.py": ("", ""),
 }
@@ -77,7 +75,7 @@ def main() -> None:
         path = HERE / script
         path = path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
         command = [sys.executable, str(path), *SCRIPTS[script][arguments.quick].split()]
-        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ)
+        done = subprocess.run(command, capture_output=True, text=True)
         print(f"{script}: {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
         if done.returncode:
             failed.append(script)
