@@ -65,6 +65,12 @@ class Timing(NamedTuple):
 
 
 def time_in_turn(variants: dict[str, Callable[[], object]], repeats: int, clock: str = "wall") -> dict[str, Timing]:
+    return {name: summarize(values) for name, values in seconds_in_turn(variants, repeats, clock).items()}
+
+
+def seconds_in_turn(
+    variants: dict[str, Callable[[], object]], repeats: int, clock: str = "wall"
+) -> dict[str, list[float]]:
     """Each variant once to warm up, then ``repeats`` rounds in which each runs once: noise meets all alike."""
     now = {"wall": time.perf_counter, "cpu": time.process_time}[clock]
     for run in variants.values():
@@ -75,7 +81,7 @@ def time_in_turn(variants: dict[str, Callable[[], object]], repeats: int, clock:
             start = now()
             run()
             seconds[name].append(now() - start)
-    return {name: summarize(values) for name, values in seconds.items()}
+    return seconds
 
 
 def summarize(values: list[float]) -> Timing:

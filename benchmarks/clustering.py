@@ -110,24 +110,29 @@ def rows_of(kind: str, images: int, number: int, repeats: int) -> list[list[str]
 HEAD = ["features", "peer", "peer CPU s", "CPU, ours / peer", "inertia, ours / peer", "CPU at equal inertia (max_iter)"]
 
 
+def paragraphs(scale: float, repeats: int) -> list[str]:
+    """What the page says of k-means; one thread only inside :func:`threadpool_limits`."""
+    images, number = (max(2, round(size * scale)) for size in (29_000, 453))
+    import faiss
+
+    faiss.omp_set_num_threads(1)
+    warnings.simplefilter("ignore")  # of KMeans, on convergence
+    rows = [row for kind in KINDS for row in rows_of(kind, images, number, repeats)]
+    return [
+        f"k-means: {images:,} x 128 float32 features, {number} clusters, one thread; peers with their default options.",
+        table(HEAD, rows),
+        f"faiss {faiss.__version__}, scikit-learn {sklearn.__version__}, {time.strftime('%Y-%m-%d')}.",
+    ]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--scale", type=float, default=1.0, help="images and clusters times this")
     parser.add_argument("--repeats", type=int, default=3)
     arguments = parser.parse_args()
-    images, number = (max(2, round(size * arguments.scale)) for size in (29_000, 453))
-    import faiss
-
-    faiss.omp_set_num_threads(1)
-    warnings.simplefilter("ignore")  # of KMeans, on convergence
     with threadpool_limits(limits=1):
-        rows = [row for kind in KINDS for row in rows_of(kind, images, number, arguments.repeats)]
-    section(
-        "k-means",
-        f"{images:,} x 128 float32 features, {number} clusters, one thread; peers with their default options.",
-        table(HEAD, rows),
-        f"faiss {faiss.__version__}, scikit-learn {sklearn.__version__}, {time.strftime('%Y-%m-%d')}.",
-    )
+        found = paragraphs(arguments.scale, arguments.repeats)
+    section("k-means", *found)
 
 
 if __name__ == "__main__":

@@ -31,6 +31,50 @@ def peers() -> tuple[ModuleType, ModuleType, ModuleType]:
     return miners, losses, open_clip_loss
 
 
+Work = Callable[[], object]
+
+
+def pairs_of_works(n: int, dim: int) -> dict[str, tuple[Work, Work]]:
+    """Per peer its work and ours, forward and backward."""
+    miners, metric_losses, open_clip_loss = peers()
+    hinge, clip = metric_losses.TripletMarginLoss(margin=MARGIN), open_clip_loss.ClipLoss()
+    g = torch.Generator().manual_seed(0)
+    x = F.normalize(torch.randn(n, dim, generator=g))
+    y = F.normalize(x + 0.5 * F.normalize(torch.randn(n, dim, generator=g)))
+    positives, labels = torch.eye(n, dtype=torch.bool), torch.arange(n)
+
+    def step(loss: Callable[[Tensor, Tensor], Tensor]) -> Work:
+        def run() -> None:
+            images, texts = x.clone().requires_grad_(), y.clone().requires_grad_()
+            loss(images, texts).backward()
+
+        return run
+
+    def ours(loss: Callable[[Tensor, Tensor], Tensor]) -> Work:
+        return step(lambda images, texts: loss(images @ texts.t(), positives))
+
+    def mined(miner: Callable[..., tuple[Tensor, ...]]) -> Work:
+        return step(
+            lambda a, b: (
+                hinge(a, labels, miner(a, labels, b, labels), b, labels)
+                + hinge(b, labels, miner(b, labels, a, labels), a, labels)
+            )
+        )
+
+    return {
+        "pytorch-metric-learning, distance weighted": (
+            mined(miners.DistanceWeightedMiner(nonzero_loss_cutoff=NONZERO_CUTOFF)),
+            ours(TripletLoss(MARGIN, nonzero_cutoff=NONZERO_CUTOFF)),
+        ),
+        "pytorch-metric-learning, batch hard": (
+            mined(miners.BatchHardMiner()), ours(TripletLoss(MARGIN, negative_sampling="hardest")),
+        ),
+        "open_clip ClipLoss": (
+            step(lambda a, b: clip(a, b, torch.tensor(1 / TEMPERATURE))), ours(InfoNCELoss(TEMPERATURE)),
+        ),
+    }  # fmt: skip
+
+
 def main() -> None:
     parser = options(__doc__)
     parser.set_defaults(threads=1, clock="cpu", repeats=5)
@@ -38,46 +82,9 @@ def main() -> None:
     parser.add_argument("--dim", type=int, default=256, help="D")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    miners, metric_losses, open_clip_loss = peers()
-    hinge, clip = metric_losses.TripletMarginLoss(margin=MARGIN), open_clip_loss.ClipLoss()
     tables = []
     for n in arguments.sizes:
-        g = torch.Generator().manual_seed(0)
-        x = F.normalize(torch.randn(n, arguments.dim, generator=g))
-        y = F.normalize(x + 0.5 * F.normalize(torch.randn(n, arguments.dim, generator=g)))
-        positives, labels = torch.eye(n, dtype=torch.bool), torch.arange(n)
-
-        def step(loss: Callable[[Tensor, Tensor], Tensor], x: Tensor = x, y: Tensor = y) -> Callable[[], None]:
-            def run() -> None:
-                images, texts = x.clone().requires_grad_(), y.clone().requires_grad_()
-                loss(images, texts).backward()
-
-            return run
-
-        def ours(loss: Callable[[Tensor, Tensor], Tensor], positives: Tensor = positives) -> Callable[[], None]:
-            return step(lambda images, texts: loss(images @ texts.t(), positives))
-
-        def mined(miner: Callable[..., tuple[Tensor, ...]], labels: Tensor = labels) -> Callable[[], None]:
-            return step(
-                lambda a, b: (
-                    hinge(a, labels, miner(a, labels, b, labels), b, labels)
-                    + hinge(b, labels, miner(b, labels, a, labels), a, labels)
-                )
-            )
-
-        pairs = {
-            "pytorch-metric-learning, distance weighted": (
-                mined(miners.DistanceWeightedMiner(nonzero_loss_cutoff=NONZERO_CUTOFF)),
-                ours(TripletLoss(MARGIN, nonzero_cutoff=NONZERO_CUTOFF)),
-            ),
-            "pytorch-metric-learning, batch hard": (
-                mined(miners.BatchHardMiner()), ours(TripletLoss(MARGIN, negative_sampling="hardest")),
-            ),
-            "open_clip ClipLoss": (
-                step(lambda a, b: clip(a, b, torch.tensor(1 / TEMPERATURE))), ours(InfoNCELoss(TEMPERATURE)),
-            ),
-        }  # fmt: skip
-        for name, (theirs, our) in pairs.items():
+        for name, (theirs, our) in pairs_of_works(n, arguments.dim).items():
             timings = time_in_turn({name: theirs, "hrem_layers": our}, arguments.repeats, arguments.clock)
             tables.append(f"N = {n}\n\n" + ratio_table(timings, name))
     section(

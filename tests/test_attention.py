@@ -8,7 +8,7 @@ from support import assert_near
 from torch.nn.functional import scaled_dot_product_attention
 
 from hrem_layers._core import attention
-from hrem_layers._core.attention import attend
+from hrem_layers._core.attention import _draw_kept_, attend
 
 N, HEADS, L, M, D = 5, 4, 6, 7, 3
 BIASES = [(L, M), (1, L, M), (HEADS, L, M), (N, 1, L, M), (N, 1, 1, M), (1, HEADS, L, M)]
@@ -135,3 +135,22 @@ def test_without_a_learned_bias_torch_does_it(monkeypatch, requires_grad):
     if not requires_grad:
         with torch.no_grad():
             attend(q, k, v, bias, 0.0)
+
+
+@pytest.mark.parametrize("dropout", [2.0**-18, 0.1, 0.5, 0.999999])
+def test_dropout_in_parts_keeps_the_share_that_it_should_and_the_mean(dropout):
+    torch.manual_seed(0)
+    n = 2**20 + 3  # no multiple of the draws in a word
+    keep = _draw_kept_(torch.empty(n), dropout)
+    probability = max(1, round((1 - dropout) * 2**16)) / 2**16
+    assert abs(probability - (1 - dropout)) <= 2**-16
+    assert set(keep.unique().tolist()) <= {0.0, float(torch.tensor(1 / probability, dtype=torch.float32))}
+    spread = (probability * (1 - probability) / n) ** 0.5
+    assert abs(float((keep > 0).double().mean()) - probability) <= 5 * spread
+    four = (keep[: n // 4 * 4].view(-1, 4) > 0).double()  # the draws of one word: alike, and independent
+    assert (four.mean(dim=0) - probability).abs().max() <= 10 * spread
+    products = (four[:, :, None] * four[:, None]).mean(dim=0)
+    off_diagonal = products[~torch.eye(4, dtype=torch.bool)]
+    assert (off_diagonal - probability**2).abs().max() <= 20 * spread
+    torch.manual_seed(0)
+    assert torch.equal(_draw_kept_(torch.empty(n), dropout), keep), "the generator's seed decides"

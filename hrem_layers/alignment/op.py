@@ -15,7 +15,7 @@ from torch import Tensor
 from hrem_layers._core.numerics import autocast_off, compute_dtype
 from hrem_layers.alignment.gpu.launch import kernel_applies, score_all_fused, score_all_fused_backward
 from hrem_layers.alignment.scores import Scores
-from hrem_layers.alignment.tiles import Setting, score_all, score_all_backward
+from hrem_layers.alignment.tiles import ROW_MULTIPLE, Setting, score_all, score_all_backward
 
 # Similarities kept for backward, in elements of their dtype (64 MB of float32). What does not fit is
 # multiplied again in backward, so that memory does not grow with R·W.
@@ -137,5 +137,5 @@ def _kept_size(image_fragments: Tensor, text_fragments: Tensor, keep: bool) -> i
     if not keep:
         return 0
     (i, r, _), (t, w, _) = image_fragments.shape, text_fragments.shape
-    size: int = torch.sym_min(i * r * t * w, KEEP_AT_MOST)
+    size: int = torch.sym_min((i * r + ROW_MULTIPLE - 1) * t * w, KEEP_AT_MOST)
     return size

@@ -7,10 +7,17 @@ counts as equal: what a few units in the last place decide would be decided by c
 
 from __future__ import annotations
 
+import sys
+
+import numpy as np
 import torch
 from torch import Tensor
 
 from hrem_layers._core.numerics import tie_tolerance
+
+# NumPy sorts short rows with vector instructions, seven times faster than torch.topk selects from them, but on one
+# thread: with more than this many, topk on all of them is as good.
+_SORT_THREADS = 4
 
 
 def tie_margin(dtype: torch.dtype, lengths: tuple[Tensor, Tensor] | None) -> float | Tensor:
@@ -31,13 +38,42 @@ def pool(values: Tensor, real: Tensor | None, out_mean: Tensor, out_top: Tensor)
     """
     k = min(out_top.shape[-1], values.shape[-1])
     if real is None:
-        mean, top = values.mean(dim=-1), values.topk(k, dim=-1).values
+        mean, top = values.mean(dim=-1), largest(values, k)
     else:
+        values = values.contiguous()  # words come transposed
         count = real.sum(dim=-1)
         mean = values.masked_fill(~real, 0).sum(dim=-1) / count.clamp(min=1)
-        top = values.masked_fill(~real, -torch.inf).topk(k, dim=-1).values.masked_fill(~_taken(count, k), 0)
+        top = largest(values.masked_fill(~real, -torch.inf), k).masked_fill(~_taken(count, k), 0)
     out_mean.copy_(mean)
     out_top[..., :k].copy_(top)
+
+
+def largest(values: Tensor, k: int) -> Tensor:
+    """The k largest (..., k) of values (..., m), in descending order; NaN is larger than all."""
+    if not _sorts_well(values):
+        return values.topk(k, dim=-1).values
+    return torch.from_numpy(np.sort(values.contiguous().numpy(), axis=-1))[..., -k:].flip(-1)
+
+
+def largest_and_places(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The same, and where they stand (int64); of equal ones any may come first."""
+    if not _sorts_well(values) or values.dtype != torch.float32:
+        found = values.topk(k, dim=-1)
+        return found.values, found.indices
+    # A float's bits, those of a negative one turned over, are a whole number of the same order (a NaN's once its sign
+    # is plus). With the place below it in 64 bits, one sort gives both.
+    bits = values.masked_fill(values.isnan(), torch.nan).contiguous().view(torch.int32)
+    keys = torch.empty(*values.shape, 2, dtype=torch.int32, device="cpu")
+    low, high = (0, 1) if sys.byteorder == "little" else (1, 0)
+    torch.bitwise_xor(bits, (bits >> 31) & 0x7FFFFFFF, out=keys[..., high])
+    keys[..., low] = torch.arange(values.shape[-1], dtype=torch.int32, device="cpu")
+    order = torch.from_numpy(np.sort(keys.view(torch.int64).squeeze(-1).numpy(), axis=-1))[..., -k:].flip(-1)
+    places = order & 0xFFFFFFFF
+    return values.gather(-1, places), places
+
+
+def _sorts_well(values: Tensor) -> bool:
+    return values.device.type == "cpu" and torch.get_num_threads() <= _SORT_THREADS
 
 
 def pool_backward(
@@ -57,16 +93,16 @@ def pool_backward(
         grad = (grad_mean / count.clamp(min=1)).unsqueeze(-1).masked_fill(~real, 0).contiguous()
         grad_top = grad_top.masked_fill(~_taken(count, k), 0)
         values = values.masked_fill(~real, -torch.inf)
-    largest, index = values.topk(min(k + 1, m), dim=-1)
+    top, index = largest_and_places(values, min(k + 1, m))
     margin = margin if isinstance(margin, float) else margin.unsqueeze(-1)
     if values.device.type != "cpu":  # no look at the values, which would wait for them
-        return grad.add_(_shared(values, largest[..., :k], grad_top, margin))
-    tied = (largest[..., :-1] - largest[..., 1:] <= margin).any(dim=-1)
+        return grad.add_(_shared(values, top[..., :k], grad_top, margin))
+    tied = (top[..., :-1] - top[..., 1:] <= margin).any(dim=-1)
     grad.scatter_add_(-1, index[..., :k], grad_top.masked_fill(tied.unsqueeze(-1), 0))
     rows = tied.nonzero(as_tuple=True)  # few, as a rule
     if rows[0].numel():
         margin = margin if isinstance(margin, float) else margin[rows]
-        grad[rows] += _shared(values[rows], largest[..., :k][rows], grad_top[rows], margin)
+        grad[rows] += _shared(values[rows], top[..., :k][rows], grad_top[rows], margin)
     return grad
 
 
