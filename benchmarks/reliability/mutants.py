@@ -48,9 +48,9 @@ AREAS = {
     "retrieval": ("test_retrieval*", *COMMON),
     "losses": ("test_streamed_losses", "test_negatives",
                 "test_pair_losses", "test_infonce", "test_sigmoid", "test_triplet", *COMMON),
-    "graph.py": ("test_graph", "test_candidates", *COMMON),
+    "graph.py": ("test_graph", "test_sparse", "test_candidates", *COMMON),
     "relations": ("test_graph", "test_sparse", "test_candidates", "test_interaction", *COMMON),
-    "interaction.py": ("test_interaction", "test_candidates", *COMMON),
+    "interaction.py": ("test_interaction", "test_sparse", "test_candidates", *COMMON),
     "alignment": ("test_alignment", "test_alignment_paths", "test_alignment_speed", "test_alignment_ties",
                   "test_candidates", "test_reference", *COMMON),
 }  # fmt: skip
