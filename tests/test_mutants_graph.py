@@ -70,7 +70,8 @@ class Louder(TransformerLayer):
 def test_a_layer_with_a_forward_of_its_own_gets_the_matrix() -> None:
     interaction = RelationInteraction(D, layer=lambda: Louder(D, num_heads=2)).double().eval()
     v, u = batch(5, 5)[:2]
-    for x, y in zip(interaction(v, u, lists(5, 5, 3)), interaction(v, u, lists(5, 5, 3).dense()), strict=True):
+    graph = lists(5, 5, 3)
+    for x, y in zip(interaction(v, u, graph), interaction(v, u, graph.dense()), strict=True):
         torch.testing.assert_close(x, y)
 
 
