@@ -12,7 +12,7 @@ from hrem_layers import AssociationGraph, HREMLoss, align_fragments
 from hrem_layers.alignment import op
 from hrem_layers.alignment.gpu.launch import kernel_applies
 
-TITLE = "The fused kernel on a GPU"
+TITLE = "The kernels on a GPU"
 
 
 def time_on_gpu(variants, repeats):

@@ -29,6 +29,7 @@ SCRIPTS: dict[str, tuple[str, str]] = {
     "dtype_error.py": ("", "--seeds 1"),
     "compile.py": ("", ""),
     "alignment_gpu.py": ("", ""),
+    "kernel_figures.py": ("", ""),
 }
 HEAD = """# Performance
 
@@ -45,11 +46,15 @@ at every pair of fragments can beat.
   NumPy's vectorised sort up to four threads, from `torch.topk` with more.
 - **Backward** on a CPU keeps up to 16.8 million similarities (64 MB in float32) and multiplies the others again. Their
   derivative is written tile by tile and turned into gradients by two products; memory does not grow with R·W.
-- **CUDA.** A Triton kernel takes a tile of pairs from fragments to p and q: compute capability 8.0 or more, R up to
-  256, W up to 128, float32, float16, bfloat16 (Triton comes with PyTorch's CUDA builds). Which texts a program works on
-  is decided on the device. Backward writes the derivative of the similarities, at most 67 million at a time, and
-  multiplies with cuBLAS. No atomics: the same input gives the same bits as far as cuBLAS does. Under
-  `torch.set_float32_matmul_precision("highest")`, the default, float32 is multiplied as such, otherwise as TF32.
+- **CUDA.** cuBLAS multiplies the words of some texts by the regions of some images, in chunks of 8.4 million
+  similarities (32 MB of float32) that are in the L2 cache still when a Triton kernel reads them, once, and turns them
+  into p and q in registers: compute capability 8.0 or more, R up to 256, W up to 128, R·W (in powers of 2) up to
+  16,384, float32, float16, bfloat16 (Triton comes with PyTorch's CUDA builds). Words are padded to the longest text
+  of the batch, as packing them would make the host wait; which texts a program works on is decided on the device.
+  Backward multiplies again, writes the derivative of the similarities and multiplies with cuBLAS. No atomics: the
+  same input gives the same bits as far as cuBLAS does. Half types are multiplied as they are and added in float32
+  (`torch.mm(out_dtype=...)`, PyTorch 2.8; widened before). Under `torch.set_float32_matmul_precision("highest")`, the
+  default, float32 is multiplied as such.
 - **Elsewhere** (other devices, wider batches, float64 on CUDA) the tiles are padded and masked; this does not wait for
   the device either.
 
