@@ -56,7 +56,8 @@ def l2_normalize(x: Tensor) -> Tensor:
 
 def unit_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     """:func:`l2_normalize` of float32 or float64, and ``1 / ‖x‖`` (..., 1), which is 0 for a zero row."""
-    peak = torch.linalg.vector_norm(x.detach(), ord=torch.inf, dim=-1, keepdim=True)
+    values = x.detach()  # largest magnitude: on a CPU ten times faster than the norm of order infinity
+    peak = torch.maximum(values.amax(dim=-1, keepdim=True), -values.amin(dim=-1, keepdim=True))
     zero = peak <= torch.finfo(x.dtype).tiny  # a NaN is not: it goes on
     peak = peak.masked_fill(zero, 1)
     scaled = x / peak
