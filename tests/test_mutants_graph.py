@@ -13,6 +13,7 @@ from hrem_layers import (
     RelationInteraction,
     SparseRelationGraph,
     TransformerLayer,
+    align_fragments,
 )
 from hrem_layers.relations import check_any_graph, check_graph
 
@@ -107,3 +108,9 @@ def test_excluded_positives_hold_in_the_loss_with_candidates() -> None:
     ids = torch.tensor([0, 0, 1, 2, 3, 4])
     graph = loss.relate(*batch(n, n), image_ids=ids).graph.dense()
     assert not (graph.block("i2t").connection & (ids.unsqueeze(1) == ids)).any()
+
+
+@pytest.mark.parametrize(("regions", "words", "dim"), [(0, 3, 4), (3, 0, 4), (3, 3, 0)])
+def test_fragments_of_no_width_are_refused(regions: int, words: int, dim: int) -> None:
+    with pytest.raises(ValueError, match=f"got R = {regions}, W = {words} and D = {dim}"):
+        align_fragments(torch.zeros(2, regions, dim), torch.zeros(2, words, dim))

@@ -194,12 +194,6 @@ def _drop_empty_(best: Tensor, real: Tensor | None, direction: Direction) -> Ten
     return best if real is None else best.masked_fill_(~real.any(dim=direction.give), 0)
 
 
-def _along(part: Part) -> Tensor:
-    """<g, a> / ‖s‖² over the fragments that receive."""
-    product = part.grad * part.best.unsqueeze(part.direction.give)
-    return product.sum(dim=part.direction.receive, keepdim=True).mul_(_present(part.inverse_norm).square())
-
-
 def _of_words(text_mask: Tensor | None) -> Tensor | None:
     return None if text_mask is None else text_mask[:, :, None, None]
 
