@@ -292,13 +292,13 @@ def test_order_of_the_batch(pair_loss, mechanism):
 def hold_weights(monkeypatch):
     """The weights of the negatives and the guide of the regulariser are targets, without gradient: for finite
     differences they must stay what they were in the first call."""
-    weigh, held = negatives.distance_log_weights, []
+    weigh, held = negatives.log_weights, []
 
-    def held_weights(s, positives, **options):
-        held.append(weigh(s, positives, **options) if len(held) < 8 else held[len(held) % 8])
+    def held_weights(s, positives, *options):
+        held.append(weigh(s, positives, *options) if len(held) < 8 else held[len(held) % 8])
         return held[-1]
 
-    monkeypatch.setattr(negatives, "distance_log_weights", held_weights)
+    monkeypatch.setattr(negatives, "log_weights", held_weights)
 
 
 @pytest.mark.parametrize("pair_loss", [*PAIR_LOSSES, "distance_weighted"])

@@ -9,16 +9,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hrem_layers._core.checks import check_choice, check_int, check_number, check_tensor, said
+from hrem_layers._core.checks import check_choice, check_number, check_tensor, said
 from hrem_layers._core.numerics import compute_dtype
 from hrem_layers.losses._pairs import REDUCTIONS, check_pair_flags, one_if_finite
 from hrem_layers.losses._rows import RowLoss
 from hrem_layers.losses.hinge import hinge_against_many, hinge_against_one
 from hrem_layers.losses.negatives import (
-    distance_weighted_negative,
-    every_negative_weights,
-    expected_negative_weights,
-    hardest_negative,
+    check_weight_options,
+    draw_by_distance,
+    find_hardest,
+    weigh_all,
+    weigh_expected,
 )
 
 NEGATIVES = ("distance_weighted", "hardest", "all", "expected")
@@ -39,20 +40,19 @@ def row_loss(negative_sampling: str, margin: float, **options: Any) -> RowLoss:
 
 
 def _against_drawn(s: Tensor, positives: Tensor, noise: Tensor, *, margin: float, options: dict[str, Any]) -> Tensor:
-    negative, found = distance_weighted_negative(s, positives, noise=noise, **options)
-    return hinge_against_one(s, positives, negative, found, margin=margin)
+    return hinge_against_one(s, positives, *draw_by_distance(s, positives, noise, **options), margin=margin)
 
 
 def _against_hardest(s: Tensor, positives: Tensor, *, margin: float) -> Tensor:
-    return hinge_against_one(s, positives, *hardest_negative(s, positives), margin=margin)
+    return hinge_against_one(s, positives, *find_hardest(s, positives), margin=margin)
 
 
 def _against_all(s: Tensor, positives: Tensor, *, margin: float) -> Tensor:
-    return hinge_against_many(s, positives, every_negative_weights(s, positives), margin=margin)
+    return hinge_against_many(s, positives, weigh_all(s, positives), margin=margin)
 
 
 def _against_expected(s: Tensor, positives: Tensor, *, margin: float, options: dict[str, Any]) -> Tensor:
-    return hinge_against_many(s, positives, expected_negative_weights(s, positives, **options), margin=margin)
+    return hinge_against_many(s, positives, weigh_expected(s, positives, **options), margin=margin)
 
 
 def against_chosen(s: Tensor, positives: Tensor, choose: NegativeSampling, *, margin: float) -> Tensor:
@@ -96,7 +96,5 @@ def check_options(
             "negative_sampling must be a callable (similarity, positives) -> (negative, found), got the class "
             f"{negative_sampling.__name__}: pass an instance of it"
         )
-    check_number("cutoff", cutoff, above=0, below=2)
-    check_number("nonzero_cutoff", nonzero_cutoff, above=cutoff, maximum=2)
-    check_int("weight_dim", weight_dim, minimum=2)
+    check_weight_options(cutoff, nonzero_cutoff, weight_dim)
     check_choice("reduction", reduction, REDUCTIONS)

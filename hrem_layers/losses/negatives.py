@@ -6,7 +6,8 @@ similarity and whether there is one; a function of yours with that signature is 
 :func:`expected_negative_weights` return the weight of each in a sum.
 
 Bad arguments are a TypeError or ValueError that names them; a NaN or an infinity in ``similarity`` or ``noise`` makes
-what is computed from them NaN. Half precision is computed in float32, and so are the results.
+what is computed from them NaN. Half precision is computed in float32, and so are the results. Below each stands what it
+computes, for callers that have checked and look at what is finite themselves.
 """
 
 from __future__ import annotations
@@ -39,13 +40,18 @@ def hardest_negative(similarity: Tensor, positives: Tensor) -> tuple[Tensor, Ten
         >>> hardest_negative(similarity, torch.tensor([[True, False, False]]))
         (tensor([[0.3000]]), tensor([[True]]))
     """
-    similarity = check_pairs(similarity, positives)
+    s = check_pairs(similarity, positives)
+    mean, found = find_hardest(s, positives)
+    return mean * one_if_finite(s), found
+
+
+def find_hardest(similarity: Tensor, positives: Tensor) -> tuple[Tensor, Tensor]:
     negatives = torch.where(positives, -torch.inf, similarity)
     hardest = negatives.detach().amax(dim=1, keepdim=True)
     found = hardest > -torch.inf
     tied = negatives.detach() >= torch.where(found, hardest - tie_tolerance(similarity.dtype), torch.inf)
     mean = torch.where(tied, similarity, 0).sum(dim=1, keepdim=True) / tied.sum(dim=1, keepdim=True).clamp(min=1)
-    return mean * one_if_finite(similarity), found
+    return mean, found
 
 
 def distance_weighted_negative(
@@ -77,15 +83,20 @@ def distance_weighted_negative(
         (tensor([[0.3000]]), tensor([[True]]))
     """
     s = check_pairs(similarity, positives)
-    log_weights = distance_log_weights(
-        s, positives, cutoff=cutoff, nonzero_cutoff=nonzero_cutoff, weight_dim=weight_dim
-    )  # fmt: skip
+    check_weight_options(cutoff, nonzero_cutoff, weight_dim)
     if noise is None:
-        noise = torch.rand(s.shape[0], 1, dtype=log_weights.dtype, device=s.device)
+        noise = torch.rand(s.shape[0], 1, dtype=s.dtype, device=s.device)
     else:
         check_tensor("noise", noise, (s.shape[0], 1), device=s.device)
-    drawn, found = draw(log_weights, noise)
-    return s.gather(1, drawn) * one_if_finite(s, noise), found
+    negative, found = draw_by_distance(s, positives, noise, cutoff, nonzero_cutoff, weight_dim)
+    return negative * one_if_finite(s, noise), found
+
+
+def draw_by_distance(
+    similarity: Tensor, positives: Tensor, noise: Tensor, cutoff: float, nonzero_cutoff: float, weight_dim: int
+) -> tuple[Tensor, Tensor]:
+    drawn, found = draw(log_weights(similarity, positives, cutoff, nonzero_cutoff, weight_dim), noise)
+    return similarity.gather(1, drawn), found
 
 
 def every_negative_weights(similarity: Tensor, positives: Tensor) -> Tensor:
@@ -98,7 +109,11 @@ def every_negative_weights(similarity: Tensor, positives: Tensor) -> Tensor:
         tensor([[0., 1., 1.]])
     """
     s = check_pairs(similarity, positives)
-    return (~positives).to(s.dtype) * one_if_finite(s)
+    return weigh_all(s, positives) * one_if_finite(s)
+
+
+def weigh_all(similarity: Tensor, positives: Tensor) -> Tensor:
+    return (~positives).to(similarity.dtype)
 
 
 def expected_negative_weights(
@@ -115,12 +130,17 @@ def expected_negative_weights(
         >>> expected_negative_weights(similarity, torch.tensor([[True, False, False]]))
         tensor([[0.0000, 0.5000, 0.5000]])
     """
-    log_weights = distance_log_weights(
-        similarity, positives, cutoff=cutoff, nonzero_cutoff=nonzero_cutoff, weight_dim=weight_dim
-    )
-    found = (log_weights > -torch.inf).any(dim=1, keepdim=True)
-    weights = torch.where(found, torch.where(found, log_weights, 0).softmax(dim=1), 0)
-    return weights * one_if_finite(check_pairs(similarity, positives))
+    s = check_pairs(similarity, positives)
+    check_weight_options(cutoff, nonzero_cutoff, weight_dim)
+    return weigh_expected(s, positives, cutoff, nonzero_cutoff, weight_dim) * one_if_finite(s)
+
+
+def weigh_expected(
+    similarity: Tensor, positives: Tensor, cutoff: float, nonzero_cutoff: float, weight_dim: int
+) -> Tensor:
+    log_w = log_weights(similarity, positives, cutoff, nonzero_cutoff, weight_dim)
+    found = (log_w > -torch.inf).any(dim=1, keepdim=True)
+    return torch.where(found, torch.where(found, log_w, 0).softmax(dim=1), 0)
 
 
 def distance_log_weights(
@@ -140,13 +160,18 @@ def distance_log_weights(
         >>> distance_log_weights(torch.tensor([[1.0, 0.0]]), torch.tensor([[True, False]]), weight_dim=3)
         tensor([[   -inf, -0.3466]])
     """
-    s = check_pairs(similarity, positives).detach()
+    s = check_pairs(similarity, positives)
     check_weight_options(cutoff, nonzero_cutoff, weight_dim)
+    return log_weights(s, positives, cutoff, nonzero_cutoff, weight_dim) * one_if_finite(s)
+
+
+def log_weights(similarity: Tensor, positives: Tensor, cutoff: float, nonzero_cutoff: float, weight_dim: int) -> Tensor:
+    s = similarity.detach()
     distance = (2 - 2 * s).clamp(min=0).sqrt().clamp(min=cutoff)
     # 1 − d²/4 is 0 at d = 2, where only nonzero_cutoff = 2 looks, and below 0 by rounding
     rest = (1 - distance.square() / 4).clamp(min=torch.finfo(s.dtype).eps)
     log_w = (2 - weight_dim) * distance.log() - (weight_dim - 3) / 2 * rest.log()
-    return log_w.masked_fill(positives | (distance >= nonzero_cutoff), -torch.inf) * one_if_finite(s)
+    return log_w.masked_fill(positives | (distance >= nonzero_cutoff), -torch.inf)
 
 
 def check_weight_options(cutoff: float, nonzero_cutoff: float, weight_dim: int) -> None:
