@@ -15,6 +15,8 @@ from hrem_layers._core.batch import (
     check_image_ids,
     check_positives,
     pair_ids,
+    pairs_at,
+    turn_pairs,
 )
 from hrem_layers._core.checks import (
     check_bool,
@@ -322,8 +324,8 @@ class AssociationGraph(nn.Module):
 
         return assemble(
             i2i,
-            across(found[0], i2t, m, _allowed(excluded, i2t, images)),
-            across(found[1], t2i, n, _allowed(_turned(excluded), t2i, texts)),
+            across(found[0], i2t, m, None if excluded is None else ~pairs_at(excluded, i2t, images)),
+            across(found[1], t2i, n, None if excluded is None else ~pairs_at(turn_pairs(excluded), t2i, texts)),
             t2t,
             excluded,
             None if isinstance(exchange, Alone) else exchange,
@@ -395,20 +397,6 @@ class AssociationGraph(nn.Module):
 
 def _assemble(i2i: Tensor, i2t: Tensor, t2i: Tensor, t2t: Tensor) -> Tensor:
     return torch.cat([torch.cat([i2i, i2t], dim=1), torch.cat([t2i, t2t], dim=1)])
-
-
-def _allowed(excluded: Tensor | PairIds | None, index: Tensor, rows: slice) -> Tensor | None:
-    """(n, k) bool of the nodes ``index`` (n, k) that the ``rows``, those of the first side, may see."""
-    if excluded is None:
-        return None
-    if isinstance(excluded, PairIds):
-        return excluded.image[rows].unsqueeze(1) != excluded.text[index]
-    return ~excluded[rows].gather(1, index)
-
-
-def _turned(excluded: Tensor | PairIds | None) -> Tensor | PairIds | None:
-    """With the texts as the first side."""
-    return excluded.back() if isinstance(excluded, PairIds) else None if excluded is None else excluded.t()
 
 
 def _result_dtype(embedding: Tensor) -> torch.dtype:

@@ -8,6 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from hrem_layers._core.batch import turn_pairs
 from hrem_layers._core.checks import check_bool, check_choice, check_int, check_number, check_same_device, check_tensor
 from hrem_layers._core.neighbors import NeighborBias
 from hrem_layers._core.numerics import l2_normalize, module_dtype
@@ -201,14 +202,9 @@ def _lists(graph: SparseRelationGraph) -> Mapping[str, SparseRelationBlock]:
     if graph.excluded is None:
         return lists
     whole = graph.whole()  # a neighbour's own edges may be another process's
-    for within, across in (("i2i", "i2t"), ("t2t", "t2i")):
-        excluded, side = graph.excluded, within[0]
-        if side == "t":
-            excluded = excluded.t() if isinstance(excluded, Tensor) else excluded.back()
-        own = excluded if isinstance(excluded, Tensor) else excluded.image
-        own = graph.rows(side).own(own)
-        excluded = own if isinstance(excluded, Tensor) else excluded._replace(image=own)
-        lists[within] = without_detours(lists[within], whole.block(across), excluded)
+    for within, across, excluded in (("i2i", "i2t", graph.excluded), ("t2t", "t2i", turn_pairs(graph.excluded))):
+        own = graph.rows(within[0]).owned()
+        lists[within] = without_detours(lists[within], whole.block(across), excluded, own)
     return lists
 
 

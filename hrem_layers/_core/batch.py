@@ -27,6 +27,18 @@ class PairIds(NamedTuple):
         return self.image.unsqueeze(1) == self.text.unsqueeze(0)
 
 
+def turn_pairs(pairs: Tensor | PairIds) -> Tensor | PairIds:
+    """A matrix (N, M) of pairs, or their ids, with the texts as the first side."""
+    return pairs.back() if isinstance(pairs, PairIds) else pairs.t()
+
+
+def pairs_at(pairs: Tensor | PairIds, index: Tensor, rows: slice) -> Tensor:
+    """(n, k) bool: whether each of the ``rows`` of the first side is a pair with the items ``index`` (n, k)."""
+    if isinstance(pairs, PairIds):
+        return pairs.image[rows].unsqueeze(1) == pairs.text[index]
+    return pairs[rows].gather(1, index)
+
+
 class Batch(NamedTuple):
     """N images and M texts; the fields are the arguments of :class:`hrem_layers.HREMLoss`."""
 

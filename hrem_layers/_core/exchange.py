@@ -133,6 +133,11 @@ class Rows(NamedTuple):
         """This process's."""
         return sum(self._counts())
 
+    def owned(self) -> slice:
+        """Which rows of one modality are this process's."""
+        ((side, total),) = self.totals
+        return self.exchange.own(side, total)
+
     def own(self, x: Tensor) -> Tensor:
         """This process's of ``x`` (all rows, ...), which every process has, for work that differs."""
         parts = x.split([total for _, total in self.totals])

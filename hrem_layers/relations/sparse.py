@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from hrem_layers._core.batch import PairIds
+from hrem_layers._core.batch import PairIds, pairs_at
 from hrem_layers._core.checks import (
     check_bool_tensor,
     check_choice,
@@ -176,21 +176,17 @@ def assemble(
 
 
 def without_detours(
-    within: SparseRelationBlock, across: SparseRelationBlock, excluded: Tensor | PairIds
+    within: SparseRelationBlock, across: SparseRelationBlock, excluded: Tensor | PairIds, rows: slice
 ) -> SparseRelationBlock:
     """``within`` without its edges to rows that have just attended, ``across``, to what is excluded for their row.
 
-    ``across`` has all rows; ``excluded`` is for those of ``within``, which may be one process's own.
+    ``across`` and ``excluded`` have all rows; ``rows`` are those of ``within``, which may be one process's own.
     """
     kept = within.connection
     for place in range(across.index.shape[1]):  # one (rows, K) matrix at a time
         given = across.index[:, place].clamp(min=0)  # [rows]
         via, edge = given[within.index.clamp(min=0)], across.connection[:, place][within.index.clamp(min=0)]
-        if isinstance(excluded, PairIds):
-            meet = excluded.image.unsqueeze(1) == excluded.text[via]
-        else:
-            meet = excluded.gather(1, via)
-        kept = kept & ~(meet & edge)
+        kept = kept & ~(pairs_at(excluded, via, rows) & edge)
     return within._replace(connection=kept)
 
 
