@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 GOLDEN = Path(__file__).parent / "golden"
 SIZES = ("small", "odd")
@@ -109,3 +110,18 @@ def gradients(inputs: dict[str, Tensor], *outputs: Tensor) -> dict[str, Tensor]:
     leaves = {name: x for name, x in inputs.items() if isinstance(x, Tensor) and x.requires_grad}
     grads = torch.autograd.grad(weigh(*outputs), list(leaves.values()), allow_unused=True, materialize_grads=True)
     return dict(zip(leaves, grads, strict=True))
+
+
+class LargestTensor(TorchDispatchMode):
+    """``with LargestTensor() as seen: ...``: ``seen.elements`` of the largest tensor that an operation gave."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for x in out if isinstance(out, tuple) else (out,):
+            if isinstance(x, Tensor):
+                self.elements = max(self.elements, x.numel())
+        return out

@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support import LargestTensor
 from torch import Tensor
 from torch.autograd import gradcheck
 
@@ -263,31 +264,18 @@ def test_autocast_multiplies_in_its_dtype_as_the_dense_alignment_does() -> None:
 
 def test_working_memory_is_that_of_a_chunk() -> None:
     """No tensor made on the way is larger than a chunk's gathered fragments, whatever N and k."""
-    from torch.utils._python_dispatch import TorchDispatchMode
-
     from hrem_layers.alignment import candidates
-
-    largest = 0
-
-    class Watch(TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            nonlocal largest
-            out = func(*args, **(kwargs or {}))
-            for x in out if isinstance(out, tuple) else (out,):
-                if isinstance(x, Tensor):
-                    largest = max(largest, x.numel())
-            return out
 
     n, k, m, d, topk = 64, 32, 6, 10, 2
     x = torch.randn(n, m, d)
     index = torch.randint(n, (n, k))
     inputs = (x, x, None, None, index)
-    with Watch():
+    with LargestTensor() as seen:
         candidates._align_op._init_fn(*inputs, "scan", topk, 8)
         grads = torch.ones(n, k), torch.ones(n, k, topk)
         candidates._align_backward_op._init_fn(*inputs, *grads, "scan", topk, 8)
-    assert largest == max(8 * m * d, n * k * topk, x.numel())
-    assert n * k * m * d > 20 * largest
+    assert seen.elements == max(8 * m * d, n * k * topk, x.numel())
+    assert n * k * m * d > 20 * seen.elements
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 
 from hrem_layers.sampler.arrays import sort_by
+from hrem_layers.sampler.assignment import Assignment
+from hrem_layers.sampler.layout import Layout
 
 
 @pytest.mark.parametrize(("bits", "order"), [(50, [0, 1]), (51, [0, 1]), (52, [1, 0])])
@@ -15,13 +17,9 @@ def test_from_twelve_leading_bits_of_the_last_key_on_the_rest_does_not_count(bit
     assert found.tolist() == order
 
 
-def test_pairs_of_images_and_steps_are_found_by_image() -> None:
-    """Every image is in the steps that hold one of its captions, each once."""
-    from hrem_layers import NeighborBatchSampler
-
-    features = np.random.default_rng(0).standard_normal((40, 4)).astype(np.float32)
-    sampler = NeighborBatchSampler(
-        features, num_clusters=5, clusters_per_batch=2, images_per_cluster=4, captions_per_image=3
-    )
-    batches = [np.array(batch) // 3 for batch in sampler]
-    assert all(len(np.unique(batch)) == len(batch) for batch in batches)  # no image twice in a batch
+def test_every_image_is_listed_with_each_step_that_holds_it_once() -> None:
+    layout = Layout.build(np.array([2, 3, 1]), np.zeros(3, np.int64))
+    order = np.array([0, 2, 1, 3, 5, 4])  # images 0, 1 | 0, 1 | 2, 1
+    assignment = Assignment(order, np.array([0, 2, 4, 6]), layout)
+    images, steps = assignment.steps_per_image(np.array([1, 0]))
+    assert images.tolist() == [0, 0, 0, 1, 1] and steps.tolist() == [0, 1, 2, 0, 1]

@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from support import assert_near, generator, gradients, graph_inputs
+from support import LargestTensor, assert_near, generator, gradients, graph_inputs
 from torch.nn.functional import normalize
 
 from hrem_layers import (
@@ -319,24 +319,11 @@ def test_every_row_can_be_settled_without_a_look(on_gpu, monkeypatch):
 
 
 def test_search_holds_a_chunk_of_similarities(monkeypatch):
-    from torch.utils._python_dispatch import TorchDispatchMode
-
-    largest = 0
-
-    class Watch(TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            nonlocal largest
-            out = func(*args, **(kwargs or {}))
-            for x in out if isinstance(out, tuple) else (out,):
-                if isinstance(x, torch.Tensor):
-                    largest = max(largest, x.numel())
-            return out
-
     monkeypatch.setattr(search, "_CPU_CHUNK", 1024)
     x = normalize(torch.randn(256, 2, dtype=DOUBLE), dim=1)
-    with Watch():
+    with LargestTensor() as seen:
         search._nearest_rows._init_fn(x, x, 2, DOUBLE)
-    assert largest == 1024  # 4 rows of 256 at a time
+    assert seen.elements == 1024  # 4 rows of 256 at a time
 
 
 # graph and loss
@@ -425,20 +412,7 @@ def test_loss_compiles_as_one_graph(mechanism):
 @pytest.mark.parametrize("pair_loss", [TripletLoss(), InfoNCELoss(), lambda s, p: s.masked_fill(p, 0).exp().mean()])
 def test_no_tensor_is_as_large_as_all_pairs_unless_the_pair_loss_asks_for_it(pair_loss, monkeypatch):
     """Nothing that autograd sees; what the operators hold inside, a chunk, is tested apart."""
-    from torch.utils._python_dispatch import TorchDispatchMode
-
     from hrem_layers.losses import _streamed
-
-    largest = 0
-
-    class Watch(TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            nonlocal largest
-            out = func(*args, **(kwargs or {}))
-            for x in out if isinstance(out, tuple) else (out,):
-                if isinstance(x, torch.Tensor):
-                    largest = max(largest, x.numel())
-            return out
 
     monkeypatch.setattr(_streamed, "TILE_ELEMENTS", 2**14)
     n = 512
@@ -447,6 +421,6 @@ def test_no_tensor_is_as_large_as_all_pairs_unless_the_pair_loss_asks_for_it(pai
         pair_loss=pair_loss,
     )  # fmt: skip
     inputs = [torch.randn(*shape, requires_grad=True) for shape in ((n, 16), (n, 16), (n, 2, 4), (n, 2, 4))]
-    with Watch():
+    with LargestTensor() as seen:
         loss(*inputs, image_ids=torch.arange(n) // 2).backward()
-    assert (largest < n * n // 4) == isinstance(pair_loss, torch.nn.Module), largest
+    assert (seen.elements < n * n // 4) == isinstance(pair_loss, torch.nn.Module), seen.elements
