@@ -6,10 +6,9 @@ torchrun --nproc-per-node 2 examples/recipes/clip_trainer.py ...   # graph and l
 
 from __future__ import annotations
 
-import argparse
 import os
-from pathlib import Path
 
+from clip_options import parameter_groups, parse
 from clip_relations import Captions, Collate, RelationalPair, evaluate, load, neighbor_batches
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainingArguments
@@ -39,18 +38,7 @@ class NextEpoch(TrainerCallback):
 
 
 def main(argv: list[str] | None = None) -> str:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="openai/clip-vit-base-patch32", help="hub name or folder")
-    parser.add_argument("--train", type=Path, required=True, help="pictures and metadata.jsonl")
-    parser.add_argument("--test", type=Path, required=True)
-    parser.add_argument("--output-dir", type=Path, default=Path("runs/clip"))
-    parser.add_argument("--batch-size", type=int, default=64, help="per process, a multiple of 4")
-    parser.add_argument("--epochs", type=int, default=3)
-    parser.add_argument("--lr", type=float, default=1e-5)
-    parser.add_argument("--relation-lr", type=float, default=1e-4, help="the relation modules start from nothing")
-    parser.add_argument("--warmup-steps", type=int, default=100, help="steps on the pair loss alone")
-    parser.add_argument("--accumulate", type=int, default=1, help="batches per optimizer step; a graph sees one batch")
-    options = parser.parse_args(argv)
+    options = parse(__doc__, argv)
 
     model, processor = load(options.model)
     several = int(os.environ.get("WORLD_SIZE", "1")) > 1
@@ -64,12 +52,7 @@ def main(argv: list[str] | None = None) -> str:
         remove_unused_columns=False, save_strategy="no", report_to="none", logging_steps=10, disable_tqdm=True,
     )  # fmt: skip
     kind, settings = Trainer.get_optimizer_cls_and_kwargs(arguments)
-    relations = list(pair.loss.relation_parameters())
-    known = {id(p) for p in relations}
-    groups = [
-        {"params": [p for p in pair.parameters() if id(p) not in known]},
-        {"params": relations, "lr": options.relation_lr},
-    ]
+    groups = parameter_groups(pair, options.lr, options.relation_lr)
     trainer = NeighborTrainer(
         pair, arguments, train_dataset=train, data_collator=collate, optimizers=(kind(groups, **settings), None),
         callbacks=[NextEpoch(batches)],
