@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -38,14 +38,7 @@ def observe(loss: HREMLoss, batch: Batch) -> Observed:
         if not (loss.enhanced_weight or loss.cross_weight or loss.regularization_weight):
             return Observed(v, u, None, None, positives, None, terms)
         graph, v_enhanced, u_enhanced = loss.relate(*batch[:7], **given)
-        graph = cast(RelationGraph, as_dense(graph))
-    return Observed(v, u, v_enhanced, u_enhanced, positives, graph, terms)
-
-
-def as_dense(graph: object) -> object:
-    """A graph kept as lists of edges, written out as matrices; any other as it is."""
-    dense = getattr(graph, "dense", None)
-    return dense() if callable(dense) else graph
+    return Observed(v, u, v_enhanced, u_enhanced, positives, graph.dense(), terms)
 
 
 @contextmanager

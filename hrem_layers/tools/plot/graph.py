@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -11,14 +11,13 @@ from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 
 from hrem_layers._core.checks import said
-from hrem_layers.relations import RelationGraph, check_graph
-from hrem_layers.tools.diagnosis.observed import as_dense
+from hrem_layers.relations import AnyGraph, RelationGraph, SparseRelationGraph, check_graph
 from hrem_layers.tools.plot.style import SEQUENTIAL, new_figure, text_style, to_array
 
 BLOCK_NAMES = (("images from images", "images from texts"), ("texts from images", "texts from texts"))
 
 
-def plot_graph(graph: RelationGraph, *, all_relevance: bool = False) -> Figure:
+def plot_graph(graph: AnyGraph, *, all_relevance: bool = False) -> Figure:
     """A and S of a batch, images first: the row is the node that receives.
 
     The colours of S are scaled in each block by itself, for the blocks have different units: across the modalities
@@ -43,9 +42,9 @@ def plot_graph(graph: RelationGraph, *, all_relevance: bool = False) -> Figure:
         >>> graph = AssociationGraph()(v, u, torch.randn(8, 36, 64), torch.randn(8, 12, 64))
         >>> plot.plot_graph(graph).savefig("graph.png")  # doctest: +SKIP
     """
-    graph = cast(RelationGraph, as_dense(graph))
-    if not isinstance(graph, RelationGraph):
+    if not isinstance(graph, (RelationGraph, SparseRelationGraph)):
         raise TypeError(f"graph must be a RelationGraph, got {said(graph)}")
+    graph = graph.dense()
     nodes = graph.connection.shape[0]
     n = nodes // 2 if graph.num_images is None else graph.num_images
     check_graph(graph, n, nodes - n, graph.connection.device)

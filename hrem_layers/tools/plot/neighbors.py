@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import cast
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -12,13 +11,12 @@ from matplotlib.gridspec import GridSpecFromSubplotSpec
 from torch import Tensor
 
 from hrem_layers._core.checks import check_choice, check_int, said
-from hrem_layers.relations import RelationGraph
-from hrem_layers.tools.diagnosis.observed import as_dense
+from hrem_layers.relations import AnyGraph, RelationGraph, SparseRelationGraph
 from hrem_layers.tools.plot.style import check_picture, new_figure, plain, text_style, to_array, wrapped
 
 
 def plot_neighbors(
-    graph: RelationGraph,
+    graph: AnyGraph,
     index: int,
     *,
     node: str = "image",
@@ -46,9 +44,9 @@ def plot_neighbors(
     Raises:
         TypeError, ValueError: an argument has the wrong type, length or range.
     """
-    graph = cast(RelationGraph, as_dense(graph))
-    if not isinstance(graph, RelationGraph):
+    if not isinstance(graph, (RelationGraph, SparseRelationGraph)):
         raise TypeError(f"graph must be a RelationGraph, got {said(graph)}")
+    graph = graph.dense()
     check_choice("node", node, ("image", "text"))
     n = graph.connection.shape[0] // 2 if graph.num_images is None else graph.num_images
     m = graph.connection.shape[0] - n
