@@ -42,7 +42,7 @@ class RelationBlock(NamedTuple):
 
     def attention_bias(self, relation_weight: float) -> Tensor:
         """``relation_weight · S`` on edges, −inf elsewhere; weight 0 gives 0 on edges. Shape and dtype of S."""
-        return _attention_bias(self.connection, self.relevance, relation_weight)
+        return edge_bias(self.connection, self.relevance, relation_weight)
 
 
 class Candidates(NamedTuple):
@@ -100,10 +100,11 @@ class RelationGraph(NamedTuple):
 
     def attention_bias(self, relation_weight: float) -> Tensor:
         """``relation_weight · S`` on edges, −inf elsewhere; weight 0 gives 0 on edges. Shape and dtype of S."""
-        return _attention_bias(self.connection, self.relevance, relation_weight)
+        return edge_bias(self.connection, self.relevance, relation_weight)
 
 
-def _attention_bias(connection: Tensor, relevance: Tensor, relation_weight: float) -> Tensor:
+def edge_bias(connection: Tensor, relevance: Tensor, relation_weight: float) -> Tensor:
+    """``relation_weight · S`` on edges, −inf elsewhere, of matrices or of lists."""
     if not torch.compiler.is_compiling():  # a symbol there
         check_number("relation_weight", relation_weight)
     return torch.where(connection, relation_weight * relevance, -torch.inf)

@@ -25,6 +25,7 @@ from hrem_layers.relations.dense import (
     RelationGraph,
     check_graph,
     distance_relevance,
+    edge_bias,
     row_divergence,
 )
 from hrem_layers.relations.neighbors import edge_cosines
@@ -264,8 +265,7 @@ def count_texts(graph: object, n: int) -> int | str:
 def _neighbor_bias(
     index: Tensor, relevance: Tensor, connection: Tensor, relation_weight: float, rows: Rows, nodes: Rows
 ) -> NeighborBias:
-    bias = torch.where(connection, relation_weight * relevance, -torch.inf)
-    return NeighborBias(index.clamp(min=0), bias, rows, nodes)
+    return NeighborBias(index.clamp(min=0), edge_bias(connection, relevance, relation_weight), rows, nodes)
 
 
 def _scatter(values: Tensor, index: Tensor, columns: int) -> Tensor:
