@@ -17,5 +17,5 @@ def test_memory_that_nothing_has_written_is_nan() -> None:
 
 @pytest.mark.parametrize("time", ["first", "again"])
 def test_the_environment_is_the_same_for_every_test(time: str) -> None:
-    assert "HREM_LEFT_BY_A_TEST" not in os.environ and os.environ["HOME"] != "elsewhere", time
+    assert "HREM_LEFT_BY_A_TEST" not in os.environ and os.environ.get("HOME") != "elsewhere", time
     os.environ |= {"HREM_LEFT_BY_A_TEST": "1", "HOME": "elsewhere"}
