@@ -56,9 +56,12 @@ class RelationInteraction(nn.Module):
         ffn_dim: width of the feed-forward layers; None = ``embed_dim``.
         dropout: dropout probability, in [0, 1).
         relation_weight: λ, any finite number; 0 attends on edges without regard to relevance.
-        residual: give ``v + x / ‖x‖`` of the normalised embedding v and what the layers make of it, x; False = x alone,
-            as the release does. Without it all x can become one vector within a few steps of a large learning rate,
-            at a loss of twice the margin and without a gradient that leads back (docs/results.md).
+        residual: give ``v + g · x / ‖x‖`` of the normalised embedding v and what the layers make of it, x; False = x
+            alone, as the release does. Without it all x can become one vector within a few steps of a large learning
+            rate, at a loss of twice the margin and without a gradient that leads back (docs/results.md).
+        gate: with ``residual``, what the learned scalar g starts from. At 0 the enhanced embeddings are the plain ones
+            at first and relations come in as far as they serve the loss: a warm-up that needs no number of steps.
+            None = g is 1 and not learned.
         layer: a function without arguments that makes another layer, called once per layer (standalone: four times):
             a module ``(x (n, D), bias (n, m), context (m, D) or None) -> (n, D)``, bias −inf where there is no edge.
             ``num_heads``, ``ffn_dim`` and ``dropout`` are then not used.
@@ -82,6 +85,7 @@ class RelationInteraction(nn.Module):
         dropout: float = 0.1,
         relation_weight: float = 1.0,
         residual: bool = True,
+        gate: float | None = 0.0,
         layer: LayerFactory | None = None,
     ) -> None:
         super().__init__()
@@ -93,6 +97,9 @@ class RelationInteraction(nn.Module):
         self.dropout = check_number("dropout", dropout, minimum=0, below=1)
         self.relation_weight = check_number("relation_weight", relation_weight)
         self.residual = check_bool("residual", residual)
+        start = None if gate is None or not residual else check_number("gate", gate)
+        # [1]: what shards parameters takes none without a dimension
+        self.gate = None if start is None else nn.Parameter(torch.full((1,), start))
         default = partial(
             TransformerLayer, self.embed_dim, num_heads=self.num_heads, ffn_dim=self.ffn_dim, dropout=self.dropout
         )
@@ -110,6 +117,7 @@ class RelationInteraction(nn.Module):
             f"{self.embed_dim}, mechanism={self.mechanism!r}, num_heads={self.num_heads}, "
             f"num_layers={self.num_layers}, ffn_dim={self.ffn_dim}, dropout={self.dropout}, "
             f"relation_weight={self.relation_weight}, residual={self.residual}"
+            + ("" if self.gate is not None or not self.residual else ", gate=None")
         )
 
     def forward(self, image_embedding: Tensor, text_embedding: Tensor, graph: AnyGraph) -> tuple[Tensor, Tensor]:
@@ -150,7 +158,10 @@ class RelationInteraction(nn.Module):
 
     def _result(self, plain: Tensor, related: Tensor) -> Tensor:
         related = related.to(plain.dtype)
-        return plain + l2_normalize(related) if self.residual else related
+        if not self.residual:
+            return related
+        related = l2_normalize(related)
+        return plain + (related if self.gate is None else self.gate.to(plain.dtype) * related)
 
     @property
     def takes_lists(self) -> bool:

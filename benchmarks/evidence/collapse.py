@@ -35,7 +35,7 @@ STARTS = {
     "again": "the same with other dropout masks: what chance does to a ratio",
     "library": "HREMLoss as it comes",
     "bare": "the interaction's output alone, as in the release",
-    "residual": "plain embedding + interaction's output, both normalised",
+    "residual": "plain embedding + interaction's output, both normalised, without a gate",
     "residual_half": "the same, relational weights 0.5",
     "centred": "the batch's mean taken from the enhanced embeddings",
     "zero": "bare, both branches of the layer zero at first",
@@ -70,7 +70,7 @@ def pair_loss(name: str) -> nn.Module:
 def hrem_loss(start: str, pair: nn.Module) -> HREMLoss:
     if start == "library":
         return HREMLoss(DIM, pair_loss=pair)
-    inner = RelationInteraction(DIM, residual=start.startswith("residual"))
+    inner = RelationInteraction(DIM, residual=start.startswith("residual"), gate=None)
     if start == "zero":
         with torch.no_grad():
             for layer in inner.layers:

@@ -18,7 +18,7 @@ class Row:
     relations: bool = False
     mechanism: str = "fusion"
     alignment: str = "cosine"
-    start: str = "residual"  # "residual": plain embedding + interaction; "bare": the interaction alone
+    start: str = "residual"  # plain embedding + interaction; "gated": the library's, learned from 0; "bare": the latter alone
     exclude_positives: bool = False
     everyone_connected: bool = False  # ablation of A
     relevance: bool = True  # ablation of S
@@ -38,7 +38,8 @@ class Row:
             mechanism=self.mechanism,
             dropout=settings["dropout"],
             relation_weight=float(self.relevance),
-            residual=self.start == "residual",
+            residual=self.start != "bare",
+            gate=0.0 if self.start == "gated" else None,
         )
         weight = settings["relation_weight"]
         return {
