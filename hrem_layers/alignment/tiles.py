@@ -185,7 +185,7 @@ def _tiles(
     """At most ``chunk_size`` pairs each, as many texts as the product likes and images to fill up."""
     i, t = image_fragments.shape[0], text_fragments.shape[0]
     on_cpu = image_fragments.device.type == "cpu"
-    r, w = (max(1, -(-side.rows.shape[0] // max(1, n))) for side, n in ((images, i), (texts, t)))  # rows an item
+    r, w = (max(1, -(-side.rows.shape[0] // max(1, n))) for side, n in ((images, i), (texts, t)))  # rows per item
     chunk_size, block_rows = setting.chunk_size, None
     if chunk_size is None:
         chunk_size = max(1, (_CPU_TILE if on_cpu else _OTHER_TILE) // (r * w))
