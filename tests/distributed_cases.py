@@ -253,15 +253,12 @@ def equal_on_lists_with_an_empty_rank(rank: int, world: int) -> None:
 @case
 def equal_with_several_texts_per_image(rank: int, world: int) -> None:
     """Of unequal shares: images with several texts, in any order, and with none; in the end a process without texts."""
-    parts, indices = (
-        ragged(world),
-        [torch.tensor([2, 0, 0, 2, 3]), torch.tensor([2, 0]), torch.tensor([1, 1, 1])][:world],
-    )
+    parts = ragged(world)
+    indices = [torch.tensor(x) for x in ([2, 0, 0, 2, 3], [2, 0], [1, 1, 1])][:world]
     for place, index in enumerate(indices):
         images, texts, image_mask, text_mask, ids = parts[place]
-        parts[place] = images, texts[index] * (1 + torch.arange(len(index)).view(-1, 1, 1)), image_mask, (
-            None if text_mask is None else text_mask[index]
-        ), ids  # fmt: skip
+        texts = texts[index] * (1 + torch.arange(len(index)).view(-1, 1, 1))
+        parts[place] = images, texts, image_mask, None if text_mask is None else text_mask[index], ids
     check_equal(rank, parts, indices=indices, detach_fragments=False, exclude_positives=True)
     check_equal(rank, parts, indices=indices, mechanism="standalone", candidates=2, pair_loss="infonce")
     parts[1] = tuple(x if place in (0, 2, 4) else None if x is None else x[:0] for place, x in enumerate(parts[1]))
