@@ -4,18 +4,20 @@ import zlib
 from importlib.util import find_spec
 from pathlib import Path
 
+from docutils import nodes
+from latex2mathml.converter import convert
 from sphinx.ext.intersphinx import missing_reference
 
 from hrem_layers import __version__
 
 project = "hrem-layers"
 author = "The hrem-layers developers"
+copyright = author
 release = __version__
 extensions = [
     "myst_parser",
     "sphinx.ext.autodoc",
     "sphinx.ext.napoleon",
-    "sphinx.ext.mathjax",
     "sphinx.ext.intersphinx",
     "sphinx.ext.viewcode",
 ]
@@ -29,6 +31,8 @@ html_theme = "furo"
 html_title = "hrem-layers"
 html_static_path = ["static"]
 html_css_files = ["pages.css"]
+html_math_renderer = "mathml"
+pygments_dark_style = "github-dark"
 exclude_patterns = ["build", "static"]
 autodoc_mock_imports = ["matplotlib"] if find_spec("matplotlib") is None else []
 nitpicky = True
@@ -123,7 +127,19 @@ def _show_colons(app, what, name, obj, options, lines) -> None:
     lines[:] = [line.replace(COLON, ":") for line in lines]
 
 
+def _mathml(display: str):
+    """Formulas as MathML, which browsers draw by themselves: MathJax would be fetched from the network by each reader."""
+
+    def visit(translator, node) -> None:
+        formula = convert(node.astext(), display=display)
+        translator.body.append(formula if display == "inline" else f'<div class="math">{formula}</div>')
+        raise nodes.SkipNode
+
+    return visit, None
+
+
 def setup(app) -> None:
+    app.add_html_math_renderer("mathml", _mathml("inline"), _mathml("block"))
     app.connect("missing-reference", _resolve_short_name)
     app.connect("autodoc-process-docstring", _hide_colons, priority=1)
     app.connect("autodoc-process-docstring", _show_colons, priority=999)
