@@ -1,5 +1,6 @@
 """Sphinx configuration: ``make docs`` after ``pip install -c constraints.txt -e ".[docs]"``. Needs no network."""
 
+import re
 import zlib
 from importlib.util import find_spec
 from pathlib import Path
@@ -115,12 +116,24 @@ def _resolve_short_name(app, env, node, contnode):
 
 
 COLON = "\ue000"  # of the private use area: in no docstring
+SECTION = re.compile(r"(\s*)(\w+):$")
 
 
 def _hide_colons(app, what, name, obj, options, lines) -> None:
-    """Napoleon takes what stands before a colon for a type: "L(v, u): ..." would lose its first words."""
+    """Napoleon takes what stands before a colon for a type: "L(v, u): ..." would lose its first words, and "Returns: a
+    figure: ..." would name none. Types are in the annotations.
+    """
+    if lines and lines[0].startswith("Alias for field number"):  # what Python says of a field that has no docstring
+        lines.clear()
     if what in ("attribute", "data", "property"):
         lines[:] = [line.replace(":", COLON) for line in lines]
+    section, margin = "", 0
+    for place, line in enumerate(lines):
+        if line.strip() and len(line) - len(line.lstrip()) <= margin:
+            found = SECTION.match(line)
+            section, margin = (found[2], len(found[1])) if found else ("", 0)
+        elif section in ("Returns", "Yields"):
+            lines[place] = line.replace(":", COLON)
 
 
 def _show_colons(app, what, name, obj, options, lines) -> None:
@@ -128,7 +141,7 @@ def _show_colons(app, what, name, obj, options, lines) -> None:
 
 
 def _mathml(display: str):
-    """Formulas as MathML, which browsers draw by themselves: MathJax would be fetched from the network by each reader."""
+    """Formulas as MathML, which browsers draw by themselves: each reader would fetch MathJax from the network."""
 
     def visit(translator, node) -> None:
         formula = convert(node.astext(), display=display)
