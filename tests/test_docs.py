@@ -107,6 +107,12 @@ def test_names_of_the_library_exist(page: Path) -> None:
             assert option in accepted, f"{name}({option}=...)"
 
 
+def test_each_file_of_the_script_is_on_its_page() -> None:
+    page = (ROOT / "docs" / "script.md").read_text(encoding="utf-8")
+    files = {path.name for path in (ROOT / "examples").glob("*.py")} - {"minimal.py"}  # which has a page of its own
+    assert not [name for name in sorted(files) if f"`{name}`" not in page]
+
+
 def resolve(name: str) -> object:
     """``hrem_layers.a.B.c``, a module or what one holds; raises if there is none."""
     if name.endswith(".py"):
