@@ -88,7 +88,7 @@ class HREMLoss(nn.Module):
     any of float16, bfloat16, float32 and float64: cosines and losses are computed in float32 or better.
 
     Args:
-        embed_dim: D.
+        embed_dim: the size D of an embedding.
         graph: module ``(image_embedding, text_embedding, image_fragments, text_fragments, image_mask, text_mask, *,
             image_index, positives, cosines, exchange) -> RelationGraph`` or :class:`SparseRelationGraph` (take
             ``**_`` for what it has no use for) and, unless ``regularization_weight`` is 0, with a method
