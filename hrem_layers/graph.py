@@ -23,8 +23,8 @@ from hrem_layers._core.checks import (
     check_choice,
     check_int,
     check_number,
-    check_same_device,
     check_tensor,
+    check_weights,
     said,
 )
 from hrem_layers._core.exchange import ALONE, Alone, Exchange
@@ -205,7 +205,7 @@ class AssociationGraph(nn.Module):
         check_fragments("text", text_fragments, text_mask, m_own, image_fragments.shape[2], device)
         check_positives(positives, n, m, device)
         check_image_ids(image_ids, n, positives, device)
-        check_same_device("image_embedding", image_embedding, self)
+        check_weights("image_embedding", image_embedding, self)
         check_cosines(cosines, n, m, device)
 
         if self.detach_fragments:

@@ -323,7 +323,7 @@ def test_excluded_pairs_do_not_meet_over_a_third_node():
 
 @pytest.mark.parametrize("mechanism", MECHANISMS)
 @pytest.mark.parametrize("where", ["embedding", "relevance on an edge"])
-@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_what_is_not_finite_goes_on(mechanism, where, bad):
     module = interaction(mechanism=mechanism)
     v, u = torch.randn(N, D, dtype=DOUBLE), torch.randn(N, D, dtype=DOUBLE)
@@ -331,6 +331,6 @@ def test_what_is_not_finite_goes_on(mechanism, where, bad):
     if where == "embedding":
         v[1, 2] = bad
     else:
-        relevance[1] = bad
+        relevance[1, N + 1] = bad  # -inf, as a bias, would remove the edge
     images, _ = module(v, u, RelationGraph(torch.ones(2 * N, 2 * N, dtype=torch.bool), relevance))
     assert not torch.isfinite(images[1]).any()

@@ -508,9 +508,20 @@ def test_what_is_not_finite_makes_the_loss_not_finite(name, pair_loss):
         assert not torch.isfinite(hrem(pair_loss, warmup_steps=1)(**b))
 
 
+class DifferentiatesOnItsWay(torch.nn.Module):
+    """As a gradient penalty does: without reentrance, checkpointing then runs the call again before it ends."""
+
+    def forward(self, similarity, positives):
+        with torch.enable_grad():
+            s = similarity.detach().requires_grad_()
+            (slope,) = torch.autograd.grad(s.exp().sum(), s)
+        return (slope * similarity).masked_fill(positives, 0).sum()
+
+
 @pytest.mark.parametrize("reentrant", [True, False])
-def test_activation_checkpointing_at_the_end_of_the_warmup(reentrant):
-    plain, saved = hrem(warmup_steps=2), hrem(warmup_steps=2)
+@pytest.mark.parametrize("pair_loss", ["hardest", DifferentiatesOnItsWay()])
+def test_activation_checkpointing_at_the_end_of_the_warmup(pair_loss, reentrant):
+    plain, saved = hrem(pair_loss, warmup_steps=2), hrem(pair_loss, warmup_steps=2)
     for step in range(4):
         grads = []
         for module in (plain, saved):

@@ -14,8 +14,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from hrem_layers._core.numerics import autocast_dtype
+
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 """What floating-point tensors may be; 8-bit floats have no arithmetic."""
+
+HALF_MIXTURES = ((torch.float16, torch.bfloat16), (torch.bfloat16, torch.float16))
+"""Dtypes of weights and of autocast that PyTorch's kernels do not take together."""
 
 
 def said(value: object) -> str:
@@ -127,12 +132,17 @@ def check_bool_tensor(
     return checked
 
 
-def check_same_device(name: str, tensor: Tensor, module: nn.Module) -> None:
-    """``tensor`` must lie where the module's weights do."""
+def check_weights(name: str, tensor: Tensor, module: nn.Module) -> None:
+    """``tensor`` must lie where the module's weights do, and autocast not be to the half type that they are not."""
     for weight in module.parameters():
         if weight.device != tensor.device:
             raise ValueError(
                 f"{name} must be on {weight.device} like the weights of {type(module).__name__}, got {describe(tensor)}"
+            )
+        cast = autocast_dtype(weight.device)
+        if (weight.dtype, cast) in HALF_MIXTURES:
+            raise TypeError(
+                f"autocast must be off, or to {weight.dtype} like the weights of {type(module).__name__}, got {cast}"
             )
         break
 

@@ -104,10 +104,12 @@ class RelationGraph(NamedTuple):
 
 
 def edge_bias(connection: Tensor, relevance: Tensor, relation_weight: float) -> Tensor:
-    """``relation_weight · S`` on edges, −inf elsewhere, of matrices or of lists."""
+    """``relation_weight · S`` on edges, −inf elsewhere, of matrices or of lists; NaN where an infinity would remove or
+    outweigh edges."""
     if not torch.compiler.is_compiling():  # a symbol there
         check_number("relation_weight", relation_weight)
-    return torch.where(connection, relation_weight * relevance, -torch.inf)
+    weighted = relation_weight * relevance
+    return torch.where(connection, weighted.masked_fill(weighted.isinf(), torch.nan), -torch.inf)
 
 
 def check_graph(graph: object, n: int, m: int, device: torch.device) -> RelationGraph:
@@ -172,9 +174,10 @@ def distance_relevance(cosine: Tensor, sigma: float, *, squared: bool, dtype: to
     r""":math:`\exp(-\lVert x - y\rVert / \sigma)`, with ``squared`` :math:`\exp(-\lVert x - y\rVert^2 / \sigma)`.
 
     From cosines of :func:`pair_cosines`, as :math:`\lVert x - y\rVert^2 = 2 - 2\cos`; the result in ``dtype``.
-    Two equal embeddings have relevance 1 and get a zero gradient (that of the norm at 0 is not defined).
+    Two equal embeddings have relevance 1 and get a zero gradient (that of the norm at 0 is not defined). What is no
+    number has none.
     """
-    square = 2 - 2 * cosine
+    square = 2 - 2 * cosine.masked_fill(cosine.isinf(), torch.nan)  # no infinite distance, of relevance 0 or 1
     # rounding error of a product of unit vectors; in float64 below (1e-7)², the last bit of a float32 distance of 1
     equal = square < 45 * torch.finfo(cosine.dtype).eps
     distance = square.masked_fill(equal, 1).sqrt().masked_fill(equal, 0).to(dtype)
