@@ -23,11 +23,12 @@ from hrem_layers._core.checks import (
     check_choice,
     check_int,
     check_number,
+    check_sides,
     check_tensor,
     check_weights,
     said,
 )
-from hrem_layers._core.exchange import ALONE, Alone, Exchange
+from hrem_layers._core.exchange import ALONE, Alone, Exchange, check_exchange
 from hrem_layers._core.numerics import autocast_dtype, autocast_off, compute_dtype, module_dtype
 from hrem_layers.alignment import MODES, Scores, align_fragments
 from hrem_layers.alignment.candidates import align_candidates
@@ -199,6 +200,7 @@ class AssociationGraph(nn.Module):
         """
         check_embeddings(image_embedding, text_embedding, image_index, "D", empty=False)
         n, m, device = image_embedding.shape[0], text_embedding.shape[0], image_embedding.device
+        check_exchange("exchange", exchange)
         own = [exchange.own(side, count) for side, count in (("image", n), ("text", m))]
         n_own, m_own = (rows.stop - rows.start for rows in own)
         check_fragments("image", image_fragments, image_mask, n_own, "F", device)
@@ -267,8 +269,8 @@ class AssociationGraph(nn.Module):
             TypeError, ValueError: an argument has the wrong type, dtype, shape or device.
         """
         check_tensor("image_embedding", image_embedding, ("N", "D"))
-        n, d = image_embedding.shape
-        check_tensor("text_embedding", text_embedding, (count_texts(graph, n), d), device=image_embedding.device)
+        n = image_embedding.shape[0]
+        check_sides(image_embedding, text_embedding, count_texts(graph, n))
         graph = check_any_graph(graph, n, text_embedding.shape[0], image_embedding.device)
         check_cosines(cosines, n, text_embedding.shape[0], image_embedding.device)
         if isinstance(graph, SparseRelationGraph):

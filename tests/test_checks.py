@@ -18,6 +18,7 @@ from hrem_layers import (
     RelationInteraction,
     TripletLoss,
     align_fragments,
+    pair_cosines,
 )
 from hrem_layers._core.checks import (
     check_bool,
@@ -348,9 +349,48 @@ def test_options_are_keyword_only():
 
 
 def test_what_a_pair_loss_returns_must_be_a_scalar():
-    for bad, said in ((lambda s, p: s, r"shape \(4, 4\)"), (lambda s, p: 0.5, r"0\.5 \(float\)")):
+    for bad, said in (
+        (lambda s, p: s, r"shape \(4, 4\)"),
+        (lambda s, p: 0.5, r"0\.5 \(float\)"),
+        (lambda s, p: s.sum().to(torch.float8_e4m3fn), r"shape \(\), torch.float8_e4m3fn"),
+        (lambda s, p: s.sum().to_sparse(), r"shape \(\), torch.float32, cpu, torch.sparse_coo"),
+    ):
         with pytest.raises(TypeError, match=f"pair_loss must return a scalar tensor, got {said}"):
             HREMLoss(D, pair_loss=bad)(**good())
+
+
+class Makes(torch.nn.Module):
+    """A layer of a caller's own that makes anything of ``x``."""
+
+    def __init__(self, make):
+        super().__init__()
+        self.make = make
+
+    def forward(self, x, bias, context=None):
+        return self.make(x)
+
+
+@pytest.mark.parametrize("module", ["fragments", "fusion", "standalone"])
+@pytest.mark.parametrize(
+    "make",
+    [lambda x: None, lambda x: (x, x), lambda x: x[:1], lambda x: x.sum(), lambda x: x[..., :3], torch.Tensor.int],
+)
+def test_what_a_layer_returns_must_be_like_what_it_got(module, make):
+    with pytest.raises((TypeError, ValueError), match="what layer returns must"):
+        if module == "fragments":
+            FragmentRelation(D, layer=lambda: Makes(make))(torch.zeros(N, R, D))
+        else:
+            graph = RelationGraph(torch.ones(2 * N, 2 * N, dtype=torch.bool), torch.zeros(2 * N, 2 * N))
+            interaction = RelationInteraction(D, mechanism=module, layer=lambda: Makes(make))
+            interaction(torch.zeros(N, D), torch.zeros(N, D), graph)
+
+
+def test_embeddings_without_a_number_are_refused():
+    for call in (pair_cosines, TripletLoss().from_embeddings, InfoNCELoss().from_embeddings):
+        with pytest.raises(ValueError, match="image_embedding must be at least 1 wide"):
+            call(torch.zeros(2, 0), torch.zeros(2, 0))
+    with pytest.raises(TypeError, match="image_rows, a slice of the anchors, must be an int"):
+        InfoNCELoss().from_embeddings(torch.zeros(2, 1), torch.zeros(2, 1), image_rows=slice(0.0, 1))
 
 
 def test_zero_and_the_limits_themselves_are_fine():

@@ -643,6 +643,21 @@ def test_parts_that_return_the_wrong_thing_are_named():
             HREMLoss(D, **{"interaction": RelationInteraction(D, num_heads=2), **options}).double()(**b)
 
 
+def test_an_interaction_may_compute_in_another_dtype_than_the_embeddings():
+    class Wide(RelationInteraction):
+        def forward(self, *args):
+            image, text = super().forward(*args)
+            return image.double(), text
+
+    b = inputs(dtype=torch.float32)
+    hardest = TripletLoss(negative_sampling="hardest")
+    plain, wide = (
+        HREMLoss(D, interaction=make(D, num_heads=2), pair_loss=hardest).eval() for make in (RelationInteraction, Wide)
+    )
+    wide.load_state_dict(plain.state_dict())
+    assert_near(wide(**b), plain(**b), 1e-5)
+
+
 def test_embed_dim_that_no_sixteen_heads_fit():
     with pytest.raises(ValueError, match=r"interaction=RelationInteraction\(300, num_heads=15\)"):
         HREMLoss(300)

@@ -1,7 +1,7 @@
 """Checks of what the caller gave: the argument's name, what was expected, what came.
 
-Every check looks only at Python values, shapes, dtypes and devices, never at the elements of a
-tensor, so that none of them makes a GPU wait or breaks a traced graph.
+Every check but :func:`check_indices` looks only at Python values, shapes, dtypes and devices, never at the elements of
+a tensor; none of them makes a GPU wait or breaks a traced graph.
 """
 
 from __future__ import annotations
@@ -107,6 +107,15 @@ def check_tensor(
     return checked
 
 
+def check_sides(image_embedding: Tensor, text_embedding: Tensor, count: int | str = "M", size: int | str = "D") -> None:
+    """Images (N, size) and texts (count, size) on one device, at least 1 wide."""
+    check_tensor("image_embedding", image_embedding, ("N", size))
+    d = image_embedding.shape[1]
+    if d < 1:
+        raise ValueError(f"image_embedding must be at least 1 wide, got {describe(image_embedding)}")
+    check_tensor("text_embedding", text_embedding, (count, d), device=image_embedding.device)
+
+
 def check_index_tensor(
     name: str, tensor: object, shape: tuple[int | str, ...], *, device: torch.device | None = None
 ) -> Tensor:
@@ -115,6 +124,14 @@ def check_index_tensor(
     if checked.dtype.is_floating_point or checked.dtype.is_complex or checked.dtype == torch.bool:
         raise TypeError(f"{name} must be an integer tensor, got {describe(checked)}")
     return checked
+
+
+def check_indices(name: str, index: Tensor, count: int, what: str) -> None:
+    """All in [0, count). On a GPU a look at them would make it wait: there indexing itself stops at a wrong one."""
+    if index.device.type == "cpu" and index.numel() and not torch.compiler.is_compiling():
+        low, high = (int(x) for x in index.aminmax())
+        if low < 0 or high >= count:
+            raise ValueError(f"{name} must lie in [0, {count}), the {what}, got {low} to {high}")
 
 
 def check_bool_tensor(

@@ -11,6 +11,8 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from hrem_layers._core.checks import said
+
 
 class Exchange(Protocol):
     """``side`` is ``"image"`` or ``"text"``; rows lie in the order of the processes.
@@ -114,6 +116,11 @@ class Alone:
 
 
 ALONE: Exchange = Alone()
+
+
+def check_exchange(name: str, exchange: object) -> None:
+    if not all(callable(getattr(exchange, method, None)) for method in ("own", "own_rows", "gather_rows", "add_up")):
+        raise TypeError(f"{name} must be an Exchange, such as ALONE, got {said(exchange)}")
 
 
 class Rows(NamedTuple):

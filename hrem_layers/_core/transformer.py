@@ -201,6 +201,11 @@ LayerFactory = Callable[[], nn.Module]
 """Makes one layer: a module ``(x, bias, context) -> x`` with the shapes of :class:`TransformerLayer`."""
 
 
+def run_layer(layer: nn.Module, x: Tensor, *bias_and_context: Tensor | NeighborBias | None) -> Tensor:
+    """What the layer makes of ``x``, of the same shape. (One of the caller's own may return anything.)"""
+    return check_tensor("what layer returns", layer(x, *bias_and_context), tuple(x.shape), device=x.device)
+
+
 def make_layers(factory: LayerFactory | None, count: int, default: LayerFactory) -> list[nn.Module]:
     """``count`` new layers of the caller's kind, or of the default one."""
     if factory is None:

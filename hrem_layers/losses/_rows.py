@@ -89,7 +89,7 @@ def in_chunks(
 
 def _saved_as_they_are() -> AbstractContextManager[object]:
     """Activation checkpointing keeps no tensor: it would run all that it holds anew for the gradient of each chunk."""
-    if not torch._C._autograd._saved_tensors_hooks_is_enabled():  # in torch.func, which knows no checkpointing either
+    if torch._C._autograd._saved_tensors_hooks_get_disabled_error_message():  # in torch.func, which knows none
         return nullcontext()
     return torch.autograd.graph.saved_tensors_hooks(Tensor.detach, lambda x: x)
 
