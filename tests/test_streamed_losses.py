@@ -485,6 +485,7 @@ X = torch.ones(4, 3)
     ({"chunk_size": 2.5}, TypeError, "chunk_size must be an int"),
     ({"normalize": 1}, TypeError, "normalize must be True or False"),
     ({"image_rows": 3}, TypeError, "image_rows must be a slice"),
+    ({"image_rows": slice(0.0, 4)}, ValueError, "image_rows must be a slice of step 1 within the 4 anchors"),
     ({"image_rows": slice(0, 5)}, ValueError, "image_rows must be a slice of step 1 within the 4 anchors"),
     ({"text_rows": slice(-1, 4)}, ValueError, "text_rows must be a slice of step 1"),
     ({"text_rows": slice(0, 4, 2)}, ValueError, "text_rows must be a slice of step 1"),

@@ -7,6 +7,7 @@ for the backward pass is as large as the embeddings.
 
 from __future__ import annotations
 
+import numbers
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -76,12 +77,10 @@ def _check_rows(name: str, rows: slice | None, length: int) -> slice:
         return slice(0, length)
     if not isinstance(rows, slice):
         raise TypeError(f"{name} must be a slice of anchors or None, got {said(rows)}")
-    if rows.step not in (None, 1):
-        raise ValueError(f"{name} must be a slice of step 1, got {rows}")
-    if not torch.compiler.is_compiling():
-        for end in (rows.start, rows.stop):
-            if end is not None:
-                check_int(f"{name}, a slice of the anchors,", end, minimum=0, maximum=length)
+    ends = [end for end in (rows.start, rows.stop) if end is not None]
+    whole = torch.compiler.is_compiling() or all(isinstance(end, numbers.Integral) for end in ends)
+    if rows.step not in (None, 1) or not whole or any(not 0 <= end <= length for end in ends):
+        raise ValueError(f"{name} must be a slice of step 1 within the {length} anchors, got {rows}")
     start = rows.start or 0
     return slice(start, max(start, length if rows.stop is None else rows.stop))
 
