@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -198,9 +199,9 @@ class AssociationGraph(nn.Module):
         Raises:
             TypeError, ValueError: an argument has the wrong type, dtype, shape or device.
         """
+        check_exchange("exchange", exchange)
         check_embeddings(image_embedding, text_embedding, image_index, "D", empty=False)
         n, m, device = image_embedding.shape[0], text_embedding.shape[0], image_embedding.device
-        check_exchange("exchange", exchange)
         own = [exchange.own(side, count) for side, count in (("image", n), ("text", m))]
         n_own, m_own = (rows.stop - rows.start for rows in own)
         check_fragments("image", image_fragments, image_mask, n_own, "F", device)
@@ -394,7 +395,8 @@ class AssociationGraph(nn.Module):
         return distance_relevance(cosine, self.sigma, squared=self.squared_distance, dtype=dtype)
 
     def _neighbors(self, count: int) -> int:
-        return max(1, int(count * self.neighbor_ratio))
+        share = count * self.neighbor_ratio
+        return max(1, int(share + 4 * sys.float_info.epsilon * share))  # 0.29 · 100 is 28.999999999999996
 
 
 def _assemble(i2i: Tensor, i2t: Tensor, t2i: Tensor, t2t: Tensor) -> Tensor:

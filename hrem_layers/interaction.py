@@ -183,8 +183,7 @@ class RelationInteraction(nn.Module):
                 run_layer(steps["i2t"], images, bias["i2t"], texts),
                 run_layer(steps["t2i"], texts, bias["t2i"], images),
             )
-            images = run_layer(steps["i2i"], images, bias["i2i"])
-            texts = run_layer(steps["t2t"], texts, bias["t2t"])
+            images, texts = run_layer(steps["i2i"], images, bias["i2i"]), run_layer(steps["t2t"], texts, bias["t2t"])
         return images, texts
 
 

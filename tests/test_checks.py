@@ -165,6 +165,7 @@ CONSTRUCTORS = [
     *flags(hrem_loss, "gather_distributed"),
     (hrem_loss, {"graph": 3}, TypeError, "graph", "torch.nn.Module", "int"),
     (hrem_loss, {"graph": AssociationGraph}, TypeError, "graph", "torch.nn.Module", "type"),
+    (build_graph, {"exchange": None}, TypeError, "exchange", "ALONE", "NoneType"),
     (hrem_loss, {"graph": torch.nn.Identity()}, TypeError, "graph", "method regularization", "Identity"),
     (hrem_loss, {"interaction": RelationInteraction(32)}, ValueError, "interaction", "embed_dim 16", "32"),
     (hrem_loss, {"interaction": "fusion"}, TypeError, "interaction", "torch.nn.Module", "str"),
@@ -357,32 +358,6 @@ def test_what_a_pair_loss_returns_must_be_a_scalar():
     ):
         with pytest.raises(TypeError, match=f"pair_loss must return a scalar tensor, got {said}"):
             HREMLoss(D, pair_loss=bad)(**good())
-
-
-class Makes(torch.nn.Module):
-    """A layer of a caller's own that makes anything of ``x``."""
-
-    def __init__(self, make):
-        super().__init__()
-        self.make = make
-
-    def forward(self, x, bias, context=None):
-        return self.make(x)
-
-
-@pytest.mark.parametrize("module", ["fragments", "fusion", "standalone"])
-@pytest.mark.parametrize(
-    "make",
-    [lambda x: None, lambda x: (x, x), lambda x: x[:1], lambda x: x.sum(), lambda x: x[..., :3], torch.Tensor.int],
-)
-def test_what_a_layer_returns_must_be_like_what_it_got(module, make):
-    with pytest.raises((TypeError, ValueError), match="what layer returns must"):
-        if module == "fragments":
-            FragmentRelation(D, layer=lambda: Makes(make))(torch.zeros(N, R, D))
-        else:
-            graph = RelationGraph(torch.ones(2 * N, 2 * N, dtype=torch.bool), torch.zeros(2 * N, 2 * N))
-            interaction = RelationInteraction(D, mechanism=module, layer=lambda: Makes(make))
-            interaction(torch.zeros(N, D), torch.zeros(N, D), graph)
 
 
 def test_embeddings_without_a_number_are_refused():

@@ -63,11 +63,11 @@ class Encoders:
         return self._run(self.text_encoder, (torch.tensor(self.encode(text, None)) for text in texts))
 
     def unknown(self, text: str) -> list[str]:
-        """The words of ``text`` that the text encoder cannot tell from one another, in their order."""
+        """The words of ``text`` that the text encoder cannot tell from one another, in their order, each once."""
         if isinstance(self.encode, Vocabulary):
-            return [word for word in words(text) if self.encode(word, None) == [UNKNOWN]]
+            return [word for word in dict.fromkeys(words(text)) if self.encode(word, None) == [UNKNOWN]]
         unknown = self.encode.tokenizer.unk_token_id
-        return [word for word in text.split() if unknown in self.encode(word, None)]
+        return [word for word in dict.fromkeys(text.split()) if unknown in self.encode(word, None)]
 
     def knows(self, text: str) -> bool:
         """Whether the text encoder can tell ``text`` from any other of unknown words."""
@@ -79,7 +79,7 @@ class Encoders:
         if features.ndim != 2 or features.shape[1] != self.feature_dim or not len(features):
             raise ValueError(
                 f"these encoders take (regions, {self.feature_dim}) features per image, got {features.shape}: "
-                "encode what the network gives that they were trained on"
+                "encode what they were trained on (pictures: with encoders of examples/search/train.py)"
             )
         return torch.from_numpy(np.asarray(features, dtype=np.float32))
 
@@ -116,6 +116,5 @@ def load_encoders(path: Path, bert: str | None = None) -> Encoders:
         FileNotFoundError, ValueError: there is no such file, or it is damaged or another kind of file.
     """
     state = authors_checkpoint.load_any(path, path)
-    if "encoders" not in state:
-        checkpoint_checks.check(path, state, to_go_on=False)
+    checkpoint_checks.check(path, state, to_go_on=False)
     return Encoders(state, path, bert)

@@ -119,8 +119,8 @@ ALONE: Exchange = Alone()
 
 
 def check_exchange(name: str, exchange: object) -> None:
-    if not all(callable(getattr(exchange, method, None)) for method in ("own", "own_rows", "gather_rows", "add_up")):
-        raise TypeError(f"{name} must be an Exchange, such as ALONE, got {said(exchange)}")
+    if not callable(getattr(exchange, "own", None)):
+        raise TypeError(f"{name} must be a hrem_layers.Exchange, ALONE for one process, got {said(exchange)}")
 
 
 class Rows(NamedTuple):

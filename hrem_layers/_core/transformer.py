@@ -201,11 +201,6 @@ LayerFactory = Callable[[], nn.Module]
 """Makes one layer: a module ``(x, bias, context) -> x`` with the shapes of :class:`TransformerLayer`."""
 
 
-def run_layer(layer: nn.Module, x: Tensor, *bias_and_context: Tensor | NeighborBias | None) -> Tensor:
-    """What the layer makes of ``x``, of the same shape. (One of the caller's own may return anything.)"""
-    return check_tensor("what layer returns", layer(x, *bias_and_context), tuple(x.shape), device=x.device)
-
-
 def make_layers(factory: LayerFactory | None, count: int, default: LayerFactory) -> list[nn.Module]:
     """``count`` new layers of the caller's kind, or of the default one."""
     if factory is None:
@@ -219,3 +214,8 @@ def make_layers(factory: LayerFactory | None, count: int, default: LayerFactory)
     if len({id(layer) for layer in made}) < count:
         raise ValueError("layer must make a new module at every call, but made the same one twice")
     return made
+
+
+def run_layer(layer: nn.Module, x: Tensor, *rest: object) -> Tensor:
+    """``layer(x, *rest)``; TypeError or ValueError unless it has the shape of ``x``, as a caller's own may not."""
+    return check_tensor("what layer returns", layer(x, *rest), tuple(x.shape), device=x.device)
