@@ -11,8 +11,8 @@ from hrem_layers._core.checks import (
     check_bool_tensor,
     check_int,
     check_number,
-    check_same_device,
     check_tensor,
+    check_weights,
     describe,
 )
 from hrem_layers._core.masked import masked_max_k_mean, masked_mean, zero_padding
@@ -95,13 +95,14 @@ class FragmentRelation(nn.Module):
             (N, D), not normalised, in the dtype of ``fragments``.
 
         Raises:
-            TypeError, ValueError: an argument has the wrong type, dtype, shape or device.
+            TypeError, ValueError: an argument, or what a ``layer`` of your own returns, has the wrong type, dtype,
+                shape or device.
         """
         check_tensor("fragments", fragments, ("N", "R", self.embed_dim))
         n, r, _ = fragments.shape
         if r < 1:
             raise ValueError(f"fragments must hold at least 1 fragment per item, got {describe(fragments)}")
-        check_same_device("fragments", fragments, self)
+        check_weights("fragments", fragments, self)
         related, bias = fragments.to(module_dtype(self)), None
         if mask is not None:
             check_bool_tensor("mask", mask, (n, r), device=fragments.device)

@@ -24,8 +24,9 @@ from hrem_layers._core.checks import (
     check_choice,
     check_int,
     check_number,
-    check_same_device,
+    check_sides,
     check_tensor,
+    check_weights,
     said,
 )
 from hrem_layers._core.exchange import ALONE, Alone, Exchange, check_exchange
@@ -198,7 +199,7 @@ class AssociationGraph(nn.Module):
         Raises:
             TypeError, ValueError: an argument has the wrong type, dtype, shape or device.
         """
-        check_exchange(exchange)
+        check_exchange("exchange", exchange)
         check_embeddings(image_embedding, text_embedding, image_index, "D", empty=False)
         n, m, device = image_embedding.shape[0], text_embedding.shape[0], image_embedding.device
         own = [exchange.own(side, count) for side, count in (("image", n), ("text", m))]
@@ -207,7 +208,7 @@ class AssociationGraph(nn.Module):
         check_fragments("text", text_fragments, text_mask, m_own, image_fragments.shape[2], device)
         check_positives(positives, n, m, device)
         check_image_ids(image_ids, n, positives, device)
-        check_same_device("image_embedding", image_embedding, self)
+        check_weights("image_embedding", image_embedding, self)
         check_cosines(cosines, n, m, device)
 
         if self.detach_fragments:
@@ -269,8 +270,8 @@ class AssociationGraph(nn.Module):
             TypeError, ValueError: an argument has the wrong type, dtype, shape or device.
         """
         check_tensor("image_embedding", image_embedding, ("N", "D"))
-        n, d = image_embedding.shape
-        check_tensor("text_embedding", text_embedding, (count_texts(graph, n), d), device=image_embedding.device)
+        n = image_embedding.shape[0]
+        check_sides(image_embedding, text_embedding, count_texts(graph, n))
         graph = check_any_graph(graph, n, text_embedding.shape[0], image_embedding.device)
         check_cosines(cosines, n, text_embedding.shape[0], image_embedding.device)
         if isinstance(graph, SparseRelationGraph):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from hrem_layers._core.batch import turn_pairs
-from hrem_layers._core.checks import check_bool, check_choice, check_int, check_number, check_same_device, check_tensor
+from hrem_layers._core.checks import check_bool, check_choice, check_int, check_number, check_tensor, check_weights
 from hrem_layers._core.neighbors import NeighborBias
 from hrem_layers._core.numerics import l2_normalize, module_dtype
 from hrem_layers._core.transformer import LayerFactory, TransformerLayer, make_layers, run_layer
@@ -132,14 +132,15 @@ class RelationInteraction(nn.Module):
             image_enhanced (N, D) and text_enhanced (M, D), not normalised, in the dtype of each embedding.
 
         Raises:
-            TypeError, ValueError: an argument has the wrong type, dtype, shape or device.
+            TypeError, ValueError: an argument, or what a ``layer`` of your own returns, has the wrong type, dtype,
+                shape or device.
         """
         check_tensor("image_embedding", image_embedding, ("N", self.embed_dim))
         device = image_embedding.device
         m = count_texts(graph, image_embedding.shape[0])
         check_tensor("text_embedding", text_embedding, (m, self.embed_dim), device=device)
         graph = check_any_graph(graph, image_embedding.shape[0], text_embedding.shape[0], device)
-        check_same_device("image_embedding", image_embedding, self)
+        check_weights("image_embedding", image_embedding, self)
 
         if isinstance(graph, SparseRelationGraph) and not all(map(_takes_lists, self._all_layers())):
             graph = graph.dense()

@@ -13,8 +13,8 @@ from hrem_layers._core.checks import (
     check_bool,
     check_int,
     check_number,
-    check_same_device,
     check_tensor,
+    check_weights,
     said,
 )
 from hrem_layers._core.exchange import ALONE, Exchange
@@ -105,7 +105,9 @@ class HREMLoss(nn.Module):
         cross_weight: w_c, at least 0.
         regularization_weight: w_r, at least 0.
         warmup_steps: for so many training calls only L(v, u) is computed, at its own cost. The calls are counted in
-            the buffer ``step``, which is part of ``state_dict``; calls in eval mode do not count.
+            the buffer ``step``, which is part of ``state_dict``; calls in eval mode do not count. (Activation
+            checkpointing computes a call again as the latest one was: at the end of the warm-up, run backward before
+            the next call.)
         gather_distributed: under ``torch.distributed``, build graph and loss over the batches of all
             processes. Needs every process to call. Without a process group, or in a group of one, it changes nothing.
 
@@ -300,7 +302,7 @@ class HREMLoss(nn.Module):
 
     def _check(self, batch: Batch, *, empty: bool) -> None:
         check_batch(batch, self.embed_dim, empty=empty)
-        check_same_device("image_embedding", batch.image_embedding, self)
+        check_weights("image_embedding", batch.image_embedding, self)
 
     def _pairs(self, batch: Batch, exchange: Exchange) -> Pairs:
         uses_lists = getattr(self.graph, "uses_lists", None)
@@ -340,11 +342,10 @@ class HREMLoss(nn.Module):
         warming = self.training and self._counter.warming
         if recomputing():  # activation checkpointing: what the call before it did
             warming = self.training and self._counter.calls - 1 < self._counter.limit
-        relational = bool(self.enhanced_weight or self.cross_weight or self.regularization_weight)
-        terms = self._base_terms(batch, exchange) if warming or not relational else self._all_terms(batch, exchange)
-        if self.training and not recomputing():
+        elif self.training:  # at once: a loss that differentiates on its way may have this run again before it ends
             count_call(self.step, self._counter.key)
-        return terms
+        relational = bool(self.enhanced_weight or self.cross_weight or self.regularization_weight)
+        return self._base_terms(batch, exchange) if warming or not relational else self._all_terms(batch, exchange)
 
     def _base_terms(self, batch: Batch, exchange: Exchange) -> HREMTerms:
         base = self._pairs(batch, exchange).loss("pair_loss", self.pair_loss, *batch[:2])

@@ -18,6 +18,7 @@ from hrem_layers import (
     RelationInteraction,
     TripletLoss,
     align_fragments,
+    pair_cosines,
 )
 from hrem_layers._core.checks import (
     check_bool,
@@ -349,9 +350,20 @@ def test_options_are_keyword_only():
 
 
 def test_what_a_pair_loss_returns_must_be_a_scalar():
-    for bad, said in ((lambda s, p: s, r"shape \(4, 4\)"), (lambda s, p: 0.5, r"0\.5 \(float\)")):
+    for bad, said in (
+        (lambda s, p: s, r"shape \(4, 4\)"),
+        (lambda s, p: 0.5, r"0\.5 \(float\)"),
+        (lambda s, p: s.sum().to(torch.float8_e4m3fn), r"shape \(\), torch.float8_e4m3fn"),
+        (lambda s, p: s.sum().to_sparse(), r"shape \(\), torch.float32, cpu, torch.sparse_coo"),
+    ):
         with pytest.raises(TypeError, match=f"pair_loss must return a scalar tensor, got {said}"):
             HREMLoss(D, pair_loss=bad)(**good())
+
+
+def test_embeddings_without_a_number_are_refused():
+    for call in (pair_cosines, TripletLoss().from_embeddings, InfoNCELoss().from_embeddings):
+        with pytest.raises(ValueError, match="image_embedding must be at least 1 wide"):
+            call(torch.zeros(2, 0), torch.zeros(2, 0))
 
 
 def test_zero_and_the_limits_themselves_are_fine():

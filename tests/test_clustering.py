@@ -221,8 +221,9 @@ def test_float64_features_are_centred_before_they_are_rounded() -> None:
 
 def test_constant_columns_do_not_matter() -> None:
     features, which = blobs(600, 12)
-    constant = np.tile(np.array([0.0, 0.1, -1e6, 1e-30], np.float32), (600, 1))
-    assert same_partition(cluster_features(np.concatenate([features, constant], 1), 12), which)
+    for dtype in (np.float32, np.float64):
+        constant = np.tile(np.array([0.0, 0.1, -1e6, 1e-30, 1e38], dtype), (600, 1))
+        assert same_partition(cluster_features(np.concatenate([features, constant], 1), 12), which)
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])

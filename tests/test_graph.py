@@ -451,6 +451,12 @@ def test_what_is_not_finite_reaches_an_edge(candidates, name, mode, bad):
     assert not torch.isfinite(graph.relevance[graph.connection]).all()
 
 
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_given_cosines_that_are_not_finite_have_no_relevance(bad):
+    relevance = distance_relevance(torch.tensor([1.0, bad, 0.0]), 1.0, squared=False, dtype=torch.float32)
+    assert torch.isfinite(relevance).tolist() == [True, False, True]
+
+
 @pytest.mark.parametrize("scale", [1e-20, 1e19])
 def test_very_long_and_very_short_embeddings(scale):
     inputs = graph_inputs(n=5)

@@ -300,7 +300,10 @@ def test_a_factory_that_is_none_is_refused():
             RelationInteraction(D, num_layers=2, layer=bad)
 
 
-@pytest.mark.parametrize("change", [lambda x: (x, None), lambda x: x.mean(-2, keepdim=True), lambda x: x[..., :1]])
+@pytest.mark.parametrize(
+    "change",
+    [lambda x: (x, None), lambda x: None, lambda x: x.mean(-2, keepdim=True), lambda x: x[..., :1], torch.Tensor.int],
+)
 def test_what_a_layer_returns_is_checked(change):
     class Changed(nn.Module):
         def forward(self, x, bias=None, context=None):
@@ -337,7 +340,7 @@ def test_excluded_pairs_do_not_meet_over_a_third_node():
 
 @pytest.mark.parametrize("mechanism", MECHANISMS)
 @pytest.mark.parametrize("where", ["embedding", "relevance on an edge"])
-@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_what_is_not_finite_goes_on(mechanism, where, bad):
     module = interaction(mechanism=mechanism)
     v, u = torch.randn(N, D, dtype=DOUBLE), torch.randn(N, D, dtype=DOUBLE)
@@ -345,6 +348,6 @@ def test_what_is_not_finite_goes_on(mechanism, where, bad):
     if where == "embedding":
         v[1, 2] = bad
     else:
-        relevance[1] = bad
+        relevance[1, N + 1] = bad  # -inf, as a bias, would remove the edge
     images, _ = module(v, u, RelationGraph(torch.ones(2 * N, 2 * N, dtype=torch.bool), relevance))
     assert not torch.isfinite(images[1]).any()

@@ -508,9 +508,20 @@ def test_what_is_not_finite_makes_the_loss_not_finite(name, pair_loss):
         assert not torch.isfinite(hrem(pair_loss, warmup_steps=1)(**b))
 
 
+class DifferentiatesOnItsWay(torch.nn.Module):
+    """As a gradient penalty does: without reentrance, checkpointing then runs the call again before it ends."""
+
+    def forward(self, similarity, positives):
+        with torch.enable_grad():
+            s = similarity.detach().requires_grad_()
+            (slope,) = torch.autograd.grad(s.exp().sum(), s)
+        return (slope * similarity).masked_fill(positives, 0).sum()
+
+
 @pytest.mark.parametrize("reentrant", [True, False])
-def test_activation_checkpointing_at_the_end_of_the_warmup(reentrant):
-    plain, saved = hrem(warmup_steps=2), hrem(warmup_steps=2)
+@pytest.mark.parametrize("pair_loss", ["hardest", DifferentiatesOnItsWay()])
+def test_activation_checkpointing_at_the_end_of_the_warmup(pair_loss, reentrant):
+    plain, saved = hrem(pair_loss, warmup_steps=2), hrem(pair_loss, warmup_steps=2)
     for step in range(4):
         grads = []
         for module in (plain, saved):
@@ -630,6 +641,21 @@ def test_parts_that_return_the_wrong_thing_are_named():
     ):
         with pytest.raises((TypeError, ValueError), match=message):
             HREMLoss(D, **{"interaction": RelationInteraction(D, num_heads=2), **options}).double()(**b)
+
+
+def test_an_interaction_may_compute_in_another_dtype_than_the_embeddings():
+    class Wide(RelationInteraction):
+        def forward(self, *args):
+            image, text = super().forward(*args)
+            return image.double(), text
+
+    b = inputs(dtype=torch.float32)
+    hardest = TripletLoss(negative_sampling="hardest")
+    plain, wide = (
+        HREMLoss(D, interaction=make(D, num_heads=2), pair_loss=hardest).eval() for make in (RelationInteraction, Wide)
+    )
+    wide.load_state_dict(plain.state_dict())
+    assert_near(wide(**b), plain(**b), 1e-5)
 
 
 def test_embed_dim_that_no_sixteen_heads_fit():

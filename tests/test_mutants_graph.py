@@ -8,6 +8,7 @@ from torch import Tensor
 
 from hrem_layers import (
     AssociationGraph,
+    Candidates,
     HREMLoss,
     RelationGraph,
     RelationInteraction,
@@ -82,6 +83,30 @@ def test_a_graph_over_others_is_refused(num_images: int | None, n: int, m: int) 
     graph = RelationGraph(torch.ones(nodes, nodes, dtype=torch.bool), torch.zeros(nodes, nodes), num_images)
     with pytest.raises(ValueError, match=f"graph must be over {n} images and {m} texts, got num_images={num_images}"):
         check_graph(graph, n, m, torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_images": 2.0}, "graph.num_images must be an int"),
+        ({"candidates": 3}, "graph.candidates must be Candidates"),
+        ({"candidates": Candidates(torch.full((2, 1), 2), torch.zeros(2, 1, dtype=torch.long))}, "i2t must lie in"),
+        ({"candidates": Candidates(torch.zeros(2, 1, dtype=torch.long), torch.full((2, 1), -1))}, "t2i must lie in"),
+    ],
+)
+def test_what_a_graph_says_of_itself_is_checked(change: dict[str, object], message: str) -> None:
+    graph = RelationGraph(torch.ones(4, 4, dtype=torch.bool), torch.zeros(4, 4), 2)
+    with pytest.raises((TypeError, ValueError), match=message):
+        check_graph(graph._replace(**change), 2, 2, torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [({"num_texts": 12.0}, "graph.num_texts must be"), ({"exchange": "x"}, "graph.exchange must")],
+)
+def test_what_lists_say_of_themselves_is_checked(change: dict[str, object], message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        check_any_graph(lists(4, 12)._replace(**change), 4, 12, torch.device("cpu"))
 
 
 @pytest.mark.parametrize("change", [{"num_images": 5}, {"num_texts": 5}])

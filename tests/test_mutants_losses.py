@@ -9,6 +9,8 @@ import torch
 
 from hrem_layers import TransformerLayer
 from hrem_layers.losses import (
+    InfoNCELoss,
+    SigmoidLoss,
     distance_log_weights,
     distance_weighted_negative,
     every_negative_weights,
@@ -54,6 +56,27 @@ def test_noise_that_is_not_finite_is_handed_on(noise):
     assert distance_weighted_negative(torch.rand(3, 3), EYE, noise=noise)[0].isnan().all()
 
 
+@pytest.mark.parametrize("name", ["log_scale", "bias"])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("make", [InfoNCELoss, SigmoidLoss])
+def test_a_temperature_that_is_not_finite_is_neither_the_limit_nor_zero(make, training, value, name):
+    loss = make(learnable=True).train(training)
+    if not hasattr(loss, name):
+        return
+    getattr(loss, name).data.fill_(value)
+    x = torch.eye(3, 4)
+    assert loss(x @ x.t(), EYE).isnan()
+    assert loss.from_embeddings(x, x).isnan()
+    assert not torch.isfinite(getattr(loss, name))
+
+
+def test_a_temperature_on_another_device_is_called_by_its_name():
+    for make in (InfoNCELoss, SigmoidLoss):
+        with pytest.raises(ValueError, match="log_scale must be on cpu"):
+            make(learnable=True).to("meta")(torch.eye(3), EYE)
+
+
 @pytest.mark.parametrize("way", WAYS)
 def test_half_precision_is_computed_in_float32(way):
     s = torch.rand(3, 3).bfloat16()
@@ -79,3 +102,23 @@ def test_a_layer_names_the_argument_that_is_wrong(change, message):
     given = {"x": torch.zeros(2, 5, 8), **change}
     with pytest.raises((TypeError, ValueError), match=message):
         TransformerLayer(8, num_heads=2)(**given)
+
+
+@pytest.mark.parametrize(
+    ("weights", "x", "autocast", "message"),
+    [
+        (torch.float32, torch.float64, torch.bfloat16, "x must be torch.float32 like the weights"),
+        (torch.bfloat16, torch.float32, torch.bfloat16, "x must be torch.bfloat16 like the weights"),
+        (torch.bfloat16, torch.bfloat16, torch.float16, "autocast must be off, or to torch.bfloat16 like the weights"),
+        (torch.float32, torch.bfloat16, torch.bfloat16, None),
+        (torch.bfloat16, torch.bfloat16, torch.bfloat16, None),
+    ],
+)
+def test_which_dtypes_a_layer_takes_under_autocast(weights, x, autocast, message):
+    layer, x = TransformerLayer(8, num_heads=2).to(weights), torch.zeros(2, 5, 8, dtype=x)
+    with torch.autocast("cpu", dtype=autocast):
+        if message is None:
+            assert layer(x).shape == x.shape
+        else:
+            with pytest.raises(TypeError, match=message):
+                layer(x)

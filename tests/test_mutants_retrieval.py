@@ -58,3 +58,19 @@ def test_the_bound_holds_for_the_longest_rows_that_rounding_makes(width: int) ->
 def test_cutoffs_of_distances_end_at_two() -> None:
     with pytest.raises(ValueError, match="nonzero_cutoff"):
         triplet_loss(torch.randn(3, 3), torch.eye(3, dtype=torch.bool), nonzero_cutoff=2.5)
+
+
+@pytest.mark.parametrize("noise", [1e-7, 3e-6])
+def test_copies_of_an_image_that_other_batches_gave_other_last_bits_are_warned_of(noise: float) -> None:
+    images = torch.randn(8, 16, generator=torch.Generator().manual_seed(1)).repeat_interleave(5, dim=0)
+    images = images + noise * torch.randn(40, 16, generator=torch.Generator().manual_seed(2))
+    with pytest.warns(UserWarning, match=r"32 of 40 rows .* but for rounding.* pass image_embedding\[::5\] with"):
+        retrieval_metrics(images, images)
+
+
+@pytest.mark.filterwarnings("error")
+def test_images_that_are_alike_are_no_copies() -> None:
+    images = torch.randn(8, 16, generator=torch.Generator().manual_seed(1)).repeat_interleave(5, dim=0)
+    uneven = torch.cat([images[:5], images[5:] + 1e-6 * torch.randn(35, 16)])[:-1]
+    for rows in (images + 1e-2 * torch.randn(40, 16), uneven[4:], torch.ones(6, 16) + 1e-6 * torch.randn(6, 16)):
+        retrieval_metrics(rows, rows)

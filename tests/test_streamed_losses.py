@@ -242,6 +242,22 @@ def test_twice_backward_under_torch_func_and_under_checkpointing(name):
         assert torch.equal(first, x.grad)
 
 
+@pytest.mark.parametrize("whole", [False, True])
+def test_activation_checkpointing_computes_all_that_it_holds_once_more(whole, monkeypatch):
+    """Not once more for every chunk, whose gradient is found on the way."""
+    monkeypatch.setattr(hrem_layers.losses._rows, "CHUNK_ELEMENTS", 20)
+    calls, loss = [], LOSSES["infonce learnable"]("sum").double()
+
+    def encode_and_compare(x, y):
+        calls.append(1)
+        x, y = x.sin(), y.sin()
+        return loss(x @ y.t(), torch.eye(len(x), dtype=torch.bool)) if whole else loss.from_embeddings(x, y)
+
+    x, y, *_ = case(12, 12)
+    checkpoint(encode_and_compare, x, y, use_reentrant=False).backward()
+    assert len(calls) == 2
+
+
 # draws
 
 
@@ -469,6 +485,7 @@ X = torch.ones(4, 3)
     ({"chunk_size": 2.5}, TypeError, "chunk_size must be an int"),
     ({"normalize": 1}, TypeError, "normalize must be True or False"),
     ({"image_rows": 3}, TypeError, "image_rows must be a slice"),
+    ({"image_rows": slice(0.0, 4)}, ValueError, "image_rows must be a slice of step 1 within the 4 anchors"),
     ({"image_rows": slice(0, 5)}, ValueError, "image_rows must be a slice of step 1 within the 4 anchors"),
     ({"text_rows": slice(-1, 4)}, ValueError, "text_rows must be a slice of step 1"),
     ({"text_rows": slice(0, 4, 2)}, ValueError, "text_rows must be a slice of step 1"),

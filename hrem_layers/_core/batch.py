@@ -7,7 +7,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from hrem_layers._core.checks import check_bool_tensor, check_index_tensor, check_tensor, describe
+from hrem_layers._core.checks import (
+    check_bool_tensor,
+    check_index_tensor,
+    check_indices,
+    check_sides,
+    check_tensor,
+    describe,
+)
 
 
 class PairIds(NamedTuple):
@@ -69,11 +76,9 @@ def check_embeddings(
 ) -> None:
     """N images and M texts of one size; M = N unless ``image_index`` says which image each text describes."""
     check_tensor("image_embedding", image_embedding, ("N", embed_dim))
-    (n, d), device = image_embedding.shape, image_embedding.device
-    if image_index is None:
-        check_tensor("text_embedding", text_embedding, (n, d), device=device)
-    else:
-        check_tensor("text_embedding", text_embedding, ("M", d), device=device)
+    n, device = image_embedding.shape[0], image_embedding.device
+    check_sides(image_embedding, text_embedding, n if image_index is None else "M", embed_dim)
+    if image_index is not None:
         check_image_index(image_index, n, text_embedding.shape[0], device)
     if not empty:
         for name, x in (("image_embedding", image_embedding), ("text_embedding", text_embedding)):
@@ -85,11 +90,7 @@ def check_image_index(image_index: Tensor, n: int, m: int, device: torch.device)
     check_index_tensor("image_index", image_index, (m,), device=device)
     if image_index.dtype not in (torch.int64, torch.int32):  # what indexes; uint8 would be read as a mask
         raise TypeError(f"image_index must be int64 or int32, got {describe(image_index)}")
-    # on a GPU a look at the values would make it wait; there the indexing itself stops at a wrong one
-    if device.type == "cpu" and m and not torch.compiler.is_compiling():
-        low, high = (int(x) for x in image_index.aminmax())
-        if low < 0 or high >= n:
-            raise ValueError(f"image_index must lie in [0, {n}), the rows of image_embedding, got {low} to {high}")
+    check_indices("image_index", image_index, n, "rows of image_embedding")
 
 
 def check_fragments(

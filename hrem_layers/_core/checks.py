@@ -1,7 +1,7 @@
 """Checks of what the caller gave: the argument's name, what was expected, what came.
 
-Every check looks only at Python values, shapes, dtypes and devices, never at the elements of a
-tensor, so that none of them makes a GPU wait or breaks a traced graph.
+Every check but :func:`check_indices` looks only at Python values, shapes, dtypes and devices, never at the elements of
+a tensor; none of them makes a GPU wait or breaks a traced graph.
 """
 
 from __future__ import annotations
@@ -14,8 +14,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from hrem_layers._core.numerics import autocast_dtype
+
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 """What floating-point tensors may be; 8-bit floats have no arithmetic."""
+
+HALF_MIXTURES = ((torch.float16, torch.bfloat16), (torch.bfloat16, torch.float16))
+"""Dtypes of weights and of autocast that PyTorch's kernels do not take together."""
 
 
 def said(value: object) -> str:
@@ -102,6 +107,15 @@ def check_tensor(
     return checked
 
 
+def check_sides(image_embedding: Tensor, text_embedding: Tensor, count: int | str = "M", size: int | str = "D") -> None:
+    """Images (N, size) and texts (count, size) on one device, at least 1 wide."""
+    check_tensor("image_embedding", image_embedding, ("N", size))
+    d = image_embedding.shape[1]
+    if d < 1:
+        raise ValueError(f"image_embedding must be at least 1 wide, got {describe(image_embedding)}")
+    check_tensor("text_embedding", text_embedding, (count, d), device=image_embedding.device)
+
+
 def check_index_tensor(
     name: str, tensor: object, shape: tuple[int | str, ...], *, device: torch.device | None = None
 ) -> Tensor:
@@ -110,6 +124,14 @@ def check_index_tensor(
     if checked.dtype.is_floating_point or checked.dtype.is_complex or checked.dtype == torch.bool:
         raise TypeError(f"{name} must be an integer tensor, got {describe(checked)}")
     return checked
+
+
+def check_indices(name: str, index: Tensor, count: int, what: str) -> None:
+    """All in [0, count). On a GPU a look at them would make it wait: there indexing itself stops at a wrong one."""
+    if index.device.type == "cpu" and index.numel() and not torch.compiler.is_compiling():
+        low, high = (int(x) for x in index.aminmax())
+        if low < 0 or high >= count:
+            raise ValueError(f"{name} must lie in [0, {count}), the {what}, got {low} to {high}")
 
 
 def check_bool_tensor(
@@ -127,12 +149,17 @@ def check_bool_tensor(
     return checked
 
 
-def check_same_device(name: str, tensor: Tensor, module: nn.Module) -> None:
-    """``tensor`` must lie where the module's weights do."""
+def check_weights(name: str, tensor: Tensor, module: nn.Module) -> None:
+    """``tensor`` must lie where the module's weights do, and autocast not be to the half type that they are not."""
     for weight in module.parameters():
         if weight.device != tensor.device:
             raise ValueError(
                 f"{name} must be on {weight.device} like the weights of {type(module).__name__}, got {describe(tensor)}"
+            )
+        cast = autocast_dtype(weight.device)
+        if (weight.dtype, cast) in HALF_MIXTURES:
+            raise TypeError(
+                f"autocast must be off, or to {weight.dtype} like the weights of {type(module).__name__}, got {cast}"
             )
         break
 

@@ -118,9 +118,9 @@ class Alone:
 ALONE: Exchange = Alone()
 
 
-def check_exchange(exchange: object) -> None:
+def check_exchange(name: str, exchange: object) -> None:
     if not callable(getattr(exchange, "own", None)):
-        raise TypeError(f"exchange must be a hrem_layers.Exchange, ALONE for one process, got {said(exchange)}")
+        raise TypeError(f"{name} must be a hrem_layers.Exchange, ALONE for one process, got {said(exchange)}")
 
 
 class Rows(NamedTuple):

@@ -77,8 +77,9 @@ def cosine_matrix(x: Tensor, y: Tensor) -> Tensor:
 
     A cosine in bfloat16 keeps 8 bits: neighbours tie that do not, and a margin of 0.2 becomes 50 steps.
     """
+    dtype = compute_dtype(torch.promote_types(x.dtype, y.dtype))
     with autocast_off(x.device):
-        return x.to(compute_dtype(x.dtype)) @ y.to(compute_dtype(y.dtype)).t()
+        return x.to(dtype) @ y.to(dtype).t()
 
 
 def module_dtype(module: nn.Module) -> torch.dtype:

@@ -16,11 +16,12 @@ from hrem_layers._core.checks import (
     check_int,
     check_number,
     check_tensor,
+    check_weights,
     describe,
     said,
 )
 from hrem_layers._core.neighbors import NeighborBias, attend_neighbors, drop_rows
-from hrem_layers._core.numerics import autocast_dtype
+from hrem_layers._core.numerics import autocast_dtype, compute_dtype
 
 
 class BiasedAttention(nn.Module):
@@ -172,8 +173,11 @@ class TransformerLayer(nn.Module):
         for name, rows in given:
             lead = ("...",) * (rows.dim() - 2) if isinstance(rows, Tensor) and not rows.is_nested else ("...",)
             check_tensor(name, rows, (*lead, "n", d), device=weight.device)
-            if rows.dtype != weight.dtype and autocast_dtype(weight.device) is None:
+            # with weights of float32 autocast takes care of the half types
+            cast = compute_dtype(rows.dtype) == weight.dtype and autocast_dtype(weight.device) is not None
+            if rows.dtype != weight.dtype and not cast:
                 raise TypeError(f"{name} must be {weight.dtype} like the weights, got {describe(rows)}")
+        check_weights("x", x, self)
         if bias is None or isinstance(bias, NeighborBias):
             return
         n, m = x.shape[-2], (x if context is None else context).shape[-2]

@@ -9,6 +9,7 @@ backward pass but the gradient itself.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -72,7 +73,7 @@ def in_chunks(
                 with torch.no_grad():
                     total += loss(chunk, flags, *own, *shared)
                 continue
-            with torch.enable_grad():
+            with torch.enable_grad(), _saved_as_they_are():
                 leaves = [chunk.requires_grad_(), *(x.detach().requires_grad_() for x in shared)]
                 value = loss(chunk, flags, *own, *leaves[1:])
                 of_chunk, *of_shared = torch.autograd.grad(value, leaves)
@@ -84,6 +85,13 @@ def in_chunks(
             for x, y in zip(grads[1:], of_shared, strict=True):
                 x += y
     return total.to(similarity.dtype)
+
+
+def _saved_as_they_are() -> AbstractContextManager[object]:
+    """Activation checkpointing keeps no tensor: it would run all that it holds anew for the gradient of each chunk."""
+    if torch._C._autograd._saved_tensors_hooks_get_disabled_error_message():  # in torch.func, which knows none
+        return nullcontext()
+    return torch.autograd.graph.saved_tensors_hooks(Tensor.detach, lambda x: x)
 
 
 def _cut(x: Tensor, way: int, here: slice) -> Tensor:

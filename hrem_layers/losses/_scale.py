@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from hrem_layers._core.checks import check_number, check_tensor, said
+from hrem_layers.losses._pairs import one_if_finite
 
 
 def as_number(value: object) -> object:
@@ -52,12 +53,14 @@ def check_temperature(temperature: object, *, max_scale: float = math.inf) -> fl
     return check_number("temperature", number, above=0)
 
 
-def scale_of(log_scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """exp(log_scale) as a 0-dimensional tensor, computed in ``dtype``."""
-    return log_scale.to(dtype).reshape(()).exp()
+def scale_of(log_scale: Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """exp(log_scale) as a 0-dimensional tensor, computed in ``dtype``; NaN for a parameter that is not finite, which
+    would else look like the limit, or like 0. It must be on ``device``, where the similarities are."""
+    check_tensor("log_scale", log_scale, ("1",) if log_scale.dim() else (), device=device)
+    return log_scale.to(dtype).reshape(()).exp() * one_if_finite(log_scale)
 
 
 def clamp_own(log_scale: Tensor, max_scale: float) -> None:
     # CLIP holds the parameter itself: a limit on 1/τ alone would also cut off the gradient that leads back
     with torch.no_grad():
-        log_scale.clamp_(max=math.log(max_scale))
+        log_scale.copy_(torch.where(log_scale.isinf(), log_scale, log_scale.clamp(max=math.log(max_scale))))

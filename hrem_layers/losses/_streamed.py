@@ -7,6 +7,7 @@ for the backward pass is as large as the embeddings.
 
 from __future__ import annotations
 
+import numbers
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from hrem_layers._core.checks import check_bool, check_int, check_tensor, said
+from hrem_layers._core.checks import check_bool, check_int, check_sides, said
 from hrem_layers._core.numerics import autocast_off, compute_dtype, l2_normalize
 from hrem_layers.losses._pairs import one_if_finite
 from hrem_layers.losses._positives import Positives, check_positive_pairs
@@ -67,8 +68,7 @@ def open_stream(
 
 def streamed_dtype(image_embedding: Tensor, text_embedding: Tensor) -> torch.dtype:
     """The dtype in which both are multiplied, after a look at what they are."""
-    check_tensor("image_embedding", image_embedding, ("N", "D"))
-    check_tensor("text_embedding", text_embedding, ("M", image_embedding.shape[1]), device=image_embedding.device)
+    check_sides(image_embedding, text_embedding)
     return torch.promote_types(*(compute_dtype(x.dtype) for x in (image_embedding, text_embedding)))
 
 
@@ -77,7 +77,9 @@ def _check_rows(name: str, rows: slice | None, length: int) -> slice:
         return slice(0, length)
     if not isinstance(rows, slice):
         raise TypeError(f"{name} must be a slice of anchors or None, got {said(rows)}")
-    if rows.step not in (None, 1) or any(end is not None and not 0 <= end <= length for end in (rows.start, rows.stop)):
+    ends = [end for end in (rows.start, rows.stop) if end is not None]
+    whole = torch.compiler.is_compiling() or all(isinstance(end, numbers.Integral) for end in ends)
+    if rows.step not in (None, 1) or not whole or any(not 0 <= end <= length for end in ends):
         raise ValueError(f"{name} must be a slice of step 1 within the {length} anchors, got {rows}")
     start = rows.start or 0
     return slice(start, max(start, length if rows.stop is None else rows.stop))

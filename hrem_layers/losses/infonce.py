@@ -183,7 +183,7 @@ class InfoNCELoss(nn.Module):
             TypeError, ValueError: an argument has the wrong type, dtype, shape or device.
         """
         s = check_pairs(similarity, positives)
-        return info_nce_loss(s, positives, scale=self._scale(s.dtype), reduction=self.reduction)
+        return info_nce_loss(s, positives, scale=self._scale(s.dtype, s.device), reduction=self.reduction)
 
     def from_embeddings(
         self,
@@ -224,17 +224,17 @@ class InfoNCELoss(nn.Module):
         Raises:
             TypeError, ValueError: an argument has the wrong type, dtype, shape or device.
         """
-        dtype = streamed_dtype(image_embedding, text_embedding)
+        scale = self._scale(streamed_dtype(image_embedding, text_embedding), image_embedding.device)
         return streamed_info_nce_loss(
             image_embedding, text_embedding, image_ids=image_ids, text_ids=text_ids, positives=positives,
-            scale=self._scale(dtype), reduction=self.reduction, normalize=normalize, chunk_size=chunk_size,
+            scale=scale, reduction=self.reduction, normalize=normalize, chunk_size=chunk_size,
             image_rows=image_rows, text_rows=text_rows,
         )  # fmt: skip
 
-    def _scale(self, dtype: torch.dtype) -> float | Tensor:
+    def _scale(self, dtype: torch.dtype, device: torch.device) -> float | Tensor:
         if not (self.shared or self.learnable):
             return 1 / self.temperature
         if self.learnable and self.training:
             clamp_own(self.log_scale, MAX_SCALE)
-        scale = scale_of(self.log_scale, dtype)
+        scale = scale_of(self.log_scale, dtype, device)
         return scale if self.shared or self.training else scale.clamp(max=MAX_SCALE)

@@ -190,7 +190,7 @@ class SigmoidLoss(nn.Module):
             TypeError, ValueError: an argument has the wrong type, dtype, shape or device.
         """
         s = check_pairs(similarity, positives)
-        scale, bias = self._scale_and_bias(s.dtype)
+        scale, bias = self._scale_and_bias(s.dtype, s.device)
         return sigmoid_loss(s, positives, scale=scale, bias=bias, reduction=self.reduction)
 
     def from_embeddings(
@@ -211,13 +211,14 @@ class SigmoidLoss(nn.Module):
 
         A pair counts once, with its image: only the images are anchors. ``text_rows`` is checked and changes nothing.
         """
-        scale, bias = self._scale_and_bias(streamed_dtype(image_embedding, text_embedding))
+        dtype = streamed_dtype(image_embedding, text_embedding)
+        scale, bias = self._scale_and_bias(dtype, image_embedding.device)
         return streamed_sigmoid_loss(
             image_embedding, text_embedding, image_ids=image_ids, text_ids=text_ids, positives=positives,
             scale=scale, bias=bias, reduction=self.reduction, normalize=normalize, chunk_size=chunk_size,
             image_rows=image_rows, text_rows=text_rows,
         )  # fmt: skip
 
-    def _scale_and_bias(self, dtype: torch.dtype) -> tuple[float | Tensor, float | Tensor]:
-        scale = scale_of(self.log_scale, dtype) if isinstance(self.log_scale, Tensor) else 1 / self.temperature
+    def _scale_and_bias(self, dtype: torch.dtype, device: torch.device) -> tuple[float | Tensor, float | Tensor]:
+        scale = scale_of(self.log_scale, dtype, device) if isinstance(self.log_scale, Tensor) else 1 / self.temperature
         return scale, self.bias.to(dtype).reshape(()) if isinstance(self.bias, Tensor) else self.bias

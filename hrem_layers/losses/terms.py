@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hrem_layers._core.batch import Batch, find_positives, pair_ids
-from hrem_layers._core.checks import describe, said
+from hrem_layers._core.checks import DTYPES, describe, said
 from hrem_layers._core.exchange import ALONE, Alone, Exchange
 from hrem_layers._core.numerics import cosine_matrix
 
@@ -62,7 +62,7 @@ class Pairs(NamedTuple):
 
 
 def check_scalar(name: str, loss: object, device: torch.device) -> Tensor:
-    if not isinstance(loss, Tensor) or loss.dim() or not loss.dtype.is_floating_point:
+    if not isinstance(loss, Tensor) or loss.dim() or loss.dtype not in DTYPES or loss.layout != torch.strided:
         got = describe(loss) if isinstance(loss, Tensor) else said(loss)
         raise TypeError(f"{name} must return a scalar tensor, got {got}")
     if loss.device != device:

@@ -16,7 +16,10 @@ from hrem_layers._core.checks import (
     check_bool_tensor,
     check_choice,
     check_index_tensor,
+    check_indices,
+    check_int,
     check_number,
+    check_sides,
     check_tensor,
     said,
 )
@@ -104,10 +107,17 @@ class RelationGraph(NamedTuple):
 
 
 def edge_bias(connection: Tensor, relevance: Tensor, relation_weight: float) -> Tensor:
-    """``relation_weight · S`` on edges, −inf elsewhere, of matrices or of lists."""
+    """``relation_weight · S`` on edges, −inf elsewhere, of matrices or of lists; NaN where an infinity would remove or
+    outweigh edges."""
     if not torch.compiler.is_compiling():  # a symbol there
         check_number("relation_weight", relation_weight)
-    return torch.where(connection, relation_weight * relevance, -torch.inf)
+    weighted = relation_weight * relevance
+    return torch.where(connection, weighted.masked_fill(weighted.isinf(), torch.nan), -torch.inf)
+
+
+def check_count(name: str, count: int | None) -> None:
+    if count is not None and not torch.compiler.is_compiling():  # a symbol there
+        check_int(name, count, minimum=0)
 
 
 def check_graph(graph: object, n: int, m: int, device: torch.device) -> RelationGraph:
@@ -115,13 +125,17 @@ def check_graph(graph: object, n: int, m: int, device: torch.device) -> Relation
     if not isinstance(graph, RelationGraph):
         raise TypeError(f"graph must be a RelationGraph, got {said(graph)}")
     nodes = n + m
+    check_count("graph.num_images", graph.num_images)
     check_bool_tensor("graph.connection", graph.connection, (nodes, nodes), device=device, meaning="edge")
     check_tensor("graph.relevance", graph.relevance, (nodes, nodes), device=device)
     if (n if graph.num_images is None else graph.num_images) != n or (graph.num_images is None and n != m):
         raise ValueError(f"graph must be over {n} images and {m} texts, got num_images={graph.num_images}")
     if graph.candidates is not None:
-        check_index_tensor("graph.candidates.i2t", graph.candidates.i2t, (n, "k"), device=device)
-        check_index_tensor("graph.candidates.t2i", graph.candidates.t2i, (m, "k"), device=device)
+        if not isinstance(graph.candidates, Candidates):
+            raise TypeError(f"graph.candidates must be Candidates or None, got {said(graph.candidates)}")
+        for side, index, rows, columns in zip(Candidates._fields, graph.candidates, (n, m), (m, n), strict=True):
+            check_index_tensor(f"graph.candidates.{side}", index, (rows, "k"), device=device)
+            check_indices(f"graph.candidates.{side}", index, columns, "nodes of the other modality")
     if graph.excluded is not None:
         check_bool_tensor("graph.excluded", graph.excluded, (n, m), device=device, meaning="excluded")
     return graph
@@ -161,8 +175,7 @@ def pair_cosines(image_embedding: Tensor, text_embedding: Tensor) -> Cosines:
         >>> pair_cosines(torch.tensor([[3.0, 0.0]]), torch.tensor([[0.0, 2.0], [1.0, 0.0]])).across
         tensor([[0., 1.]], dtype=torch.float64)
     """
-    check_tensor("image_embedding", image_embedding, ("N", "D"))
-    check_tensor("text_embedding", text_embedding, ("M", image_embedding.shape[1]), device=image_embedding.device)
+    check_sides(image_embedding, text_embedding)
     with autocast_off(image_embedding.device):
         x, y = exact_units(image_embedding), exact_units(text_embedding)
         return Cosines(x @ x.t(), y @ y.t(), x @ y.t())
@@ -172,9 +185,10 @@ def distance_relevance(cosine: Tensor, sigma: float, *, squared: bool, dtype: to
     r""":math:`\exp(-\lVert x - y\rVert / \sigma)`, with ``squared`` :math:`\exp(-\lVert x - y\rVert^2 / \sigma)`.
 
     From cosines of :func:`pair_cosines`, as :math:`\lVert x - y\rVert^2 = 2 - 2\cos`; the result in ``dtype``.
-    Two equal embeddings have relevance 1 and get a zero gradient (that of the norm at 0 is not defined).
+    Two equal embeddings have relevance 1 and get a zero gradient (that of the norm at 0 is not defined). What is no
+    number has none.
     """
-    square = 2 - 2 * cosine
+    square = 2 - 2 * cosine.masked_fill(cosine.isinf(), torch.nan)  # no infinite distance, of relevance 0 or 1
     # rounding error of a product of unit vectors; in float64 below (1e-7)², the last bit of a float32 distance of 1
     equal = square < 45 * torch.finfo(cosine.dtype).eps
     distance = square.masked_fill(equal, 1).sqrt().masked_fill(equal, 0).to(dtype)
@@ -223,6 +237,6 @@ def guide_divergence(
         learned = graph.block(name).relevance.to(compute_dtype(dtype))
         if graph.candidates is not None:
             index = graph.candidates.i2t if name == "i2t" else graph.candidates.t2i
-            learned, goal = learned.gather(1, index), goal.gather(1, index)
+            learned, goal = learned.gather(1, index.long()), goal.gather(1, index.long())
         total = total + row_divergence(learned, goal)
     return total

@@ -15,7 +15,7 @@ from hrem_layers._core.checks import (
     check_int,
     check_tensor,
 )
-from hrem_layers._core.exchange import ALONE, Exchange, Rows
+from hrem_layers._core.exchange import ALONE, Exchange, Rows, check_exchange
 from hrem_layers._core.neighbors import NeighborBias
 from hrem_layers._core.numerics import compute_dtype
 from hrem_layers.relations.dense import (
@@ -23,6 +23,7 @@ from hrem_layers.relations.dense import (
     Candidates,
     RelationBlock,
     RelationGraph,
+    check_count,
     check_graph,
     distance_relevance,
     edge_bias,
@@ -214,6 +215,10 @@ def check_any_graph(graph: object, n: int, m: int, device: torch.device) -> AnyG
     """Raises TypeError or ValueError unless this is a graph, in either form, over these images and texts."""
     if not isinstance(graph, SparseRelationGraph):
         return check_graph(graph, n, m, device)
+    check_count("graph.num_images", graph.num_images)
+    check_count("graph.num_texts", graph.num_texts)
+    if graph.exchange is not None:
+        check_exchange("graph.exchange", graph.exchange)
     if graph.num_images != n or graph.num_texts not in (None, m):
         raise ValueError(
             f"graph must be over {n} images and {m} texts, got num_images={graph.num_images} and "

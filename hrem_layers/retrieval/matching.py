@@ -189,6 +189,24 @@ def repeated_rows(rows: Tensor) -> tuple[int, int | None]:
     return len(copies), run if in_runs else None
 
 
+def nearly_repeated(rows: Tensor, apart: float) -> int | None:
+    """k if all rows stand in runs of k whose neighbours are at most ``apart``.
+
+    In another batch an encoder gives the same image other last bits.
+    """
+    n, at_once = len(rows), max(1, 2**20 // rows.shape[1])
+    near = [torch.ones(0, dtype=torch.bool, device=rows.device)]
+    for start in range(0, n - 1, at_once):
+        part = rows[start : start + at_once + 1].double()
+        near.append((part[1:] - part[:-1]).norm(dim=1) <= apart)
+        if start == 0 and not near[-1][0]:
+            return None
+    ends = torch.cat([~torch.cat(near), torch.ones(1, dtype=torch.bool, device=rows.device)])
+    run = int(ends.long().argmax()) + 1
+    expected = (torch.arange(1, n + 1, device=rows.device) % run) == 0
+    return run if 1 < run < n and torch.equal(ends, expected) else None
+
+
 def _first_with(key: Tensor) -> Tensor:
     """(n,): for each element, where the first one that is equal stands."""
     distinct, index = torch.unique(key, return_inverse=True)

@@ -11,12 +11,22 @@ import torch
 from torch import Tensor
 
 from hrem_layers._core.checks import check_choice, check_int, check_tensor, describe, said
-from hrem_layers.retrieval.matching import Captions, Ids, Matching, fold_members, repeated_rows, resolve_matching
+from hrem_layers.retrieval.matching import (
+    Captions,
+    Ids,
+    Matching,
+    fold_members,
+    nearly_repeated,
+    repeated_rows,
+    resolve_matching,
+)
 from hrem_layers.retrieval.positions import items_ahead
 from hrem_layers.retrieval.results import DirectionMetrics, RetrievalMetrics, mean_over_folds
-from hrem_layers.retrieval.similarity import Cosines, Given, exact_device
+from hrem_layers.retrieval.similarity import FIXED_POINT_ONE, Cosines, Given, exact_device
 
 Progress = Callable[[int, int], object]
+
+_ROUNDING = 1e-4  # the distance of unit vectors up to which two in a row may be one image in two batches
 
 
 def retrieval_metrics(
@@ -72,7 +82,8 @@ def retrieval_metrics(
         TypeError: embeddings are not floating point, or ids not integers.
 
     Warns:
-        UserWarning: rows of ``image_embedding`` repeat earlier ones, and no ``image_ids`` are given.
+        UserWarning: rows of ``image_embedding`` repeat earlier ones, or all stand in runs of equal length whose rows
+            are equal but for rounding, and no ``image_ids`` are given.
 
     >>> import torch
     >>> images = torch.eye(3)
@@ -90,7 +101,7 @@ def retrieval_metrics(
         members = _members(matching, folds)
         similarity = Cosines.of(images, texts)
         if image_ids is None:
-            _warn_of_repeats("image_embedding", similarity.images)
+            _warn_of_repeats("image_embedding", similarity)
         return _metrics(similarity, matching, members, options)
 
 
@@ -129,7 +140,7 @@ def retrieval_metrics_from_similarity(
         matching = resolve_matching(counts, given.device, image_ids, text_ids, captions_per_image, unmatched)
         members = _members(matching, folds)
         if image_ids is None:
-            _warn_of_repeats("similarity", given)
+            _warn_of_repeats("similarity", Given(given))
         return _metrics(Given(given), matching, members, options)
 
 
@@ -186,12 +197,17 @@ def _check_no_nan(similarity: Tensor) -> None:
         )
 
 
-def _warn_of_repeats(name: str, rows: Tensor) -> None:
+def _warn_of_repeats(name: str, similarity: Cosines | Given) -> None:
+    rows = similarity.images if isinstance(similarity, Cosines) else similarity.similarity
     repeats, run = repeated_rows(rows)
+    how = "exactly"
+    if isinstance(similarity, Cosines) and not repeats:
+        run = nearly_repeated(rows, _ROUNDING * FIXED_POINT_ONE)
+        repeats, how = 0 if run is None else len(rows) - len(rows) // run, "but for rounding"
     if repeats:
         once = f"if images stand once per caption, pass {name}[::{run}] with captions_per_image={run}; " if run else ""
         warnings.warn(
-            f"{repeats} of {len(rows)} rows of {name} repeat an earlier row exactly, yet each counts as an image of "
+            f"{repeats} of {len(rows)} rows of {name} repeat an earlier row {how}, yet each counts as an image of "
             f"its own, and ties with its copies: {once}to keep the copies, say with image_ids which are one image",
             stacklevel=3,
         )

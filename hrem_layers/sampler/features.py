@@ -70,7 +70,7 @@ class CentredFeatures:
             _check_finite(rows, low)
             total += rows.sum(axis=0, dtype=np.float64)
             lowest, highest = np.minimum(lowest, rows.min(axis=0)), np.maximum(highest, rows.max(axis=0))
-        mean = total / images
+        mean = np.clip(total / images, lowest, highest)  # of equal values exactly that value
         largest = float(np.maximum(highest - mean, mean - lowest).max())
         exponent = max(int(np.frexp(largest)[1]), -1000)  # beyond that, the power of two would be infinite
         return cls(features, mean, float(np.ldexp(1.0, -exponent)))

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from hrem_layers._core.batch import Batch, check_batch
-from hrem_layers._core.checks import check_number, check_same_device, said
+from hrem_layers._core.checks import check_number, check_weights, said
 from hrem_layers.loss import HREMLoss, HREMTerms
 from hrem_layers.tools.diagnosis.embeddings import look_at_embeddings
 from hrem_layers.tools.diagnosis.findings import Diagnosis, Finding
@@ -88,7 +88,7 @@ def diagnose(
         image_index, positives,
     )  # fmt: skip
     check_batch(batch, own.embed_dim, empty=False)
-    check_same_device("image_embedding", image_embedding, own)
+    check_weights("image_embedding", image_embedding, own)
     if max_grad_norm is not None:
         max_grad_norm = check_number("max_grad_norm", max_grad_norm, above=0)
     records = read_history(history)
