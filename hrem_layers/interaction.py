@@ -97,9 +97,10 @@ class RelationInteraction(nn.Module):
         self.dropout = check_number("dropout", dropout, minimum=0, below=1)
         self.relation_weight = check_number("relation_weight", relation_weight)
         self.residual = check_bool("residual", residual)
-        start = None if gate is None or not residual else check_number("gate", gate)
+        self.gate = None if gate is None else check_number("gate", gate)
         # [1]: what shards parameters takes none without a dimension
-        self.gate = None if start is None else nn.Parameter(torch.full((1,), start))
+        learned = self.residual and self.gate is not None
+        self.learned_gate = nn.Parameter(torch.full((1,), self.gate or 0.0)) if learned else None
         default = partial(
             TransformerLayer, self.embed_dim, num_heads=self.num_heads, ffn_dim=self.ffn_dim, dropout=self.dropout
         )
@@ -116,8 +117,8 @@ class RelationInteraction(nn.Module):
         return (
             f"{self.embed_dim}, mechanism={self.mechanism!r}, num_heads={self.num_heads}, "
             f"num_layers={self.num_layers}, ffn_dim={self.ffn_dim}, dropout={self.dropout}, "
-            f"relation_weight={self.relation_weight}, residual={self.residual}"
-            + ("" if self.gate is not None or not self.residual else ", gate=None")
+            f"relation_weight={self.relation_weight}, residual={self.residual}, "
+            f"gate={self.gate}"
         )
 
     def forward(self, image_embedding: Tensor, text_embedding: Tensor, graph: AnyGraph) -> tuple[Tensor, Tensor]:
@@ -162,7 +163,7 @@ class RelationInteraction(nn.Module):
         if not self.residual:
             return related
         related = l2_normalize(related)
-        return plain + (related if self.gate is None else self.gate.to(plain.dtype) * related)
+        return plain + (related if self.learned_gate is None else self.learned_gate.to(plain.dtype) * related)
 
     @property
     def takes_lists(self) -> bool:

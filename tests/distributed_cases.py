@@ -75,7 +75,7 @@ class Model(nn.Module):
         self.loss = HREMLoss(
             EMBED,
             graph=graph(topk=3, **graph_options),
-            interaction=interaction(EMBED, mechanism=mechanism, num_heads=2, dropout=dropout, layer=layer),
+            interaction=interaction(EMBED, mechanism=mechanism, num_heads=2, dropout=dropout, layer=layer, gate=0.6),
             pair_loss=pair_loss,
             warmup_steps=warmup_steps,
             gather_distributed=gather,
@@ -280,7 +280,7 @@ def every_parameter_gets_a_gradient_in_every_phase(rank: int, world: int) -> Non
     ):
         for gather in (False, True):
             model = Model(gather=gather)
-            interaction = RelationInteraction(EMBED, num_heads=2)
+            interaction = RelationInteraction(EMBED, num_heads=2, gate=0.6)
             model.loss = HREMLoss(EMBED, interaction=interaction, gather_distributed=gather, **options).double()
             wrapped = nn.parallel.DistributedDataParallel(model)
             for _ in range(3):  # an error comes with the next step

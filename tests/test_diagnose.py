@@ -205,13 +205,14 @@ def test_relevance_that_is_not_looked_at() -> None:
 @pytest.mark.parametrize(("weight", "name"), [(1e6, "regulariser too large"), (1e-5, "regulariser too small")])
 @pytest.mark.parametrize("reduction", ["sum", "mean"])
 def test_a_regulariser_out_of_proportion(weight: float, name: str, reduction: str) -> None:
-    loss = HREMLoss(D, pair_loss=TripletLoss(reduction=reduction), regularization_weight=weight)
+    opened = {"pair_loss": TripletLoss(reduction=reduction), "interaction": RelationInteraction(D, gate=0.5)}
+    loss = HREMLoss(D, **opened, regularization_weight=weight)
     given = batch(noise=4.0)
     found = diagnose(loss, *given)
     (finding,) = (x for x in found if x.name.startswith("regulariser"))
     assert finding.name == name and "regularization_weight" in finding.remedy
     wished = float(finding.remedy.split(", to ")[1].split(" say")[0])
-    better = HREMLoss(D, pair_loss=TripletLoss(reduction=reduction), regularization_weight=wished)
+    better = HREMLoss(D, **opened, regularization_weight=wished)
     better.load_state_dict(loss.state_dict())
     assert not [x for x in diagnose(better, *given) if x.name.startswith("regulariser")]
 

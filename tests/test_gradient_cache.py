@@ -66,7 +66,7 @@ def encoders(dropout=0.0, norm=False):
 def relation_loss():
     torch.manual_seed(4)
     graph = AssociationGraph(detach_fragments=False)
-    return HREMLoss(DIM, graph=graph, interaction=RelationInteraction(DIM, num_heads=2, dropout=0.1)).double()
+    return HREMLoss(DIM, graph=graph, interaction=RelationInteraction(DIM, num_heads=2, dropout=0.1, gate=0.6)).double()
 
 
 def as_terms(loss):

@@ -238,14 +238,33 @@ def test_half_types(mechanism, dtype):
     assert torch.equal(mixed[0], half[0])
 
 
+@pytest.mark.parametrize("gate", [None, 0.0, 0.3])
 @pytest.mark.parametrize("mechanism", MECHANISMS)
-def test_residual_adds_the_plain_direction(mechanism):
-    bare, module = interaction(mechanism=mechanism), interaction(mechanism=mechanism, residual=True)
-    module.load_state_dict(bare.state_dict())
+def test_residual_adds_to_the_plain_direction_what_the_gate_lets_in(mechanism, gate):
+    bare, module = interaction(mechanism=mechanism), interaction(mechanism=mechanism, residual=True, gate=gate)
+    scale = 1.0 if gate is None else gate
+    learned = {} if gate is None else {"learned_gate": torch.tensor([gate], dtype=DOUBLE)}
+    module.load_state_dict({**bare.state_dict(), **learned})
     v, u = torch.randn(N, D, dtype=DOUBLE), 7 * torch.randn(N, D, dtype=DOUBLE)
     graph = RelationGraph(torch.rand(2 * N, 2 * N) < 0.7, torch.randn(2 * N, 2 * N, dtype=DOUBLE))
     for got, x, plain in zip(module(v, u, graph), bare(v, u, graph), (v, u), strict=True):
-        assert_near(got, normalize(plain, dim=1) + normalize(x, dim=1), 1e-12)
+        assert_near(got, normalize(plain, dim=1) + scale * normalize(x, dim=1), 1e-12)
+
+
+def test_a_closed_gate_opens():
+    v, u = embeddings()
+    module = interaction(residual=True)
+    with torch.no_grad():
+        module.learned_gate.zero_()
+    for got, plain in zip(module(v, u, random_graph()), (v, u), strict=True):
+        assert_near(got, normalize(plain, dim=1), 1e-12)
+    sum(got.sum() for got in module(v, u, random_graph())).backward()
+    assert module.learned_gate.grad.abs() > 1e-3
+    assert not any(p.grad.any() for name, p in module.named_parameters() if name != "learned_gate")
+    closed = RelationInteraction(D, num_heads=HEADS, gate=0)
+    assert closed.learned_gate.tolist() == [0.0] and closed.gate == 0
+    assert RelationInteraction(D, num_heads=HEADS, gate=None).learned_gate is None
+    assert RelationInteraction(D, num_heads=HEADS, residual=False).learned_gate is None
 
 
 class Collapsed(nn.Module):
@@ -256,7 +275,7 @@ class Collapsed(nn.Module):
 def test_residual_keeps_apart_what_a_collapsed_layer_makes_equal():
     v, u = torch.randn(N, D), torch.randn(N, D)
     graph = RelationGraph(torch.ones(2 * N, 2 * N, dtype=torch.bool), torch.zeros(2 * N, 2 * N))
-    enhanced, _ = RelationInteraction(D, layer=Collapsed)(v, u, graph)
+    enhanced, _ = RelationInteraction(D, layer=Collapsed, gate=None)(v, u, graph)
     assert torch.pdist(normalize(enhanced, dim=1)).min() > 0.05
     enhanced, _ = RelationInteraction(D, layer=Collapsed, residual=False)(v, u, graph)
     assert torch.pdist(enhanced).max() == 0

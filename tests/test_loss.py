@@ -37,7 +37,7 @@ def hrem(pair_loss="hardest", *, mechanism="fusion", graph=None, dropout=0.0, dt
     return HREMLoss(
         D,
         graph=AssociationGraph(**{"topk": 3, "detach_fragments": False, **(graph or {})}),
-        interaction=RelationInteraction(D, num_heads=2, mechanism=mechanism, dropout=dropout),
+        interaction=RelationInteraction(D, num_heads=2, mechanism=mechanism, dropout=dropout, gate=0.6),
         pair_loss=PAIR_LOSSES[pair_loss]() if isinstance(pair_loss, str) else pair_loss,
         **options,
     ).to(dtype)

@@ -55,7 +55,7 @@ def test_the_wider_of_two_blocks_keeps_all_its_edges() -> None:
 @pytest.mark.parametrize(("n", "m"), [(4, 12), (7, 7)])
 def test_ways_over_two_hops_are_cut_on_lists_as_on_the_matrix(n: int, m: int) -> None:
     graph = lists(n, m)
-    interaction = RelationInteraction(D, mechanism="standalone", num_heads=2, dropout=0.0).double().eval()
+    interaction = RelationInteraction(D, mechanism="standalone", num_heads=2, dropout=0.0, gate=0.6).double().eval()
     v, u = batch(n, m)[:2]
     for x, y in zip(interaction(v, u, graph), interaction(v, u, graph.dense()), strict=True):
         torch.testing.assert_close(x, y)
@@ -70,7 +70,7 @@ class Louder(TransformerLayer):
 
 
 def test_a_layer_with_a_forward_of_its_own_gets_the_matrix() -> None:
-    interaction = RelationInteraction(D, layer=lambda: Louder(D, num_heads=2)).double().eval()
+    interaction = RelationInteraction(D, layer=lambda: Louder(D, num_heads=2), gate=0.6).double().eval()
     v, u = batch(5, 5)[:2]
     graph = lists(5, 5, 3)
     for x, y in zip(interaction(v, u, graph), interaction(v, u, graph.dense()), strict=True):

@@ -72,7 +72,7 @@ def hrem(pair_loss=None, *, mechanism="fusion", **options):
     return HREMLoss(
         D,
         graph=AssociationGraph(topk=4),
-        interaction=RelationInteraction(D, num_heads=HEADS, mechanism=mechanism, dropout=0.0),
+        interaction=RelationInteraction(D, num_heads=HEADS, mechanism=mechanism, dropout=0.0, gate=0.6),
         pair_loss=pair_loss,
         **options,
     )
@@ -90,9 +90,9 @@ MODULES = {
         ),
         association_inputs,
     ),
-    "RelationInteraction fusion": (lambda: RelationInteraction(D, num_heads=HEADS, dropout=0.0), interaction_inputs),
+    "RelationInteraction fusion": (lambda: RelationInteraction(D, num_heads=HEADS, dropout=0.0, gate=0.6), interaction_inputs),
     "RelationInteraction standalone": (
-        lambda: RelationInteraction(D, num_heads=HEADS, dropout=0.0, mechanism="standalone", num_layers=1),
+        lambda: RelationInteraction(D, num_heads=HEADS, dropout=0.0, gate=0.6, mechanism="standalone", num_layers=1),
         interaction_inputs,
     ),
     **{
@@ -363,7 +363,7 @@ UNUSUAL = {
     }],
     RelationInteraction: [{
         "embed_dim": 12, "mechanism": "standalone", "num_heads": 3, "num_layers": 2, "ffn_dim": 20, "dropout": 0.25,
-        "relation_weight": -1.5,
+        "relation_weight": -1.5, "residual": True, "gate": 0.25,
     }],
     TripletLoss: [{
         "margin": 0.3, "negative_sampling": "all", "cutoff": 0.4, "nonzero_cutoff": 1.9, "weight_dim": 64,

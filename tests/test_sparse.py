@@ -34,7 +34,7 @@ MECHANISMS = ("fusion", "standalone")
 
 def interaction(**options):
     torch.manual_seed(1)
-    module = RelationInteraction(D, num_heads=2, **{"dropout": 0.0, **options}).double()
+    module = RelationInteraction(D, num_heads=2, **{"dropout": 0.0, "gate": 0.6, **options}).double()
     with torch.no_grad():  # away from biases of 0 and scales of 1
         for parameter in module.parameters():
             parameter.add_(0.2 * torch.randn_like(parameter))
@@ -200,7 +200,7 @@ class Recording(TransformerLayer):
 
 @pytest.mark.parametrize("mechanism", MECHANISMS)
 def test_a_layer_of_the_callers_own_gets_the_matrix(mechanism):
-    module = RelationInteraction(D, mechanism=mechanism, layer=lambda: Recording(D, num_heads=2)).double()
+    module = RelationInteraction(D, mechanism=mechanism, layer=lambda: Recording(D, num_heads=2), gate=0.6).double()
     graph = random_graph()
     module(*embeddings(), graph)
     seen = module.layers[0].seen if mechanism == "fusion" else module.layers[0]["i2t"].seen
@@ -337,7 +337,7 @@ def test_loss_is_that_of_the_dense_graph_with_the_same_edges(mechanism, exclude,
     loss = HREMLoss(
         16,
         graph=AssociationGraph(topk=3, candidates=3, detach_fragments=False, exclude_positives=exclude),
-        interaction=RelationInteraction(16, mechanism=mechanism, num_heads=2, dropout=0.0),
+        interaction=RelationInteraction(16, mechanism=mechanism, num_heads=2, dropout=0.0, gate=0.6),
         pair_loss=TripletLoss(negative_sampling="hardest"),
     ).double()
     inputs = graph_inputs(n=7, dtype=DOUBLE)
@@ -394,7 +394,7 @@ def test_loss_compiles_as_one_graph(mechanism):
     loss = HREMLoss(
         16,
         graph=AssociationGraph(topk=3, candidates=2),
-        interaction=RelationInteraction(16, mechanism=mechanism, num_heads=2, dropout=0.0),
+        interaction=RelationInteraction(16, mechanism=mechanism, num_heads=2, dropout=0.0, gate=0.6),
     ).double()
     inputs = graph_inputs(n=5, dtype=DOUBLE)
     compiled = torch.compile(loss, backend="aot_eager", fullgraph=True)
@@ -412,7 +412,7 @@ def test_loss_compiles_as_one_graph(mechanism):
 def test_compiled_parts_are_known_for_what_they_are(monkeypatch):
     """Not asked for the rows of all processes, as a module of the caller's own is."""
     monkeypatch.setattr("hrem_layers.loss._whole", lambda graph: pytest.fail("taken for another module"))
-    parts = AssociationGraph(topk=3, candidates=2), RelationInteraction(16, num_heads=2)
+    parts = AssociationGraph(topk=3, candidates=2), RelationInteraction(16, num_heads=2, gate=0.6)
     graph, interaction = (torch.compile(part, backend="eager") for part in parts)
     HREMLoss(16, graph=graph, interaction=interaction)(**graph_inputs(n=5))
 
@@ -425,7 +425,7 @@ def test_no_tensor_is_as_large_as_all_pairs_unless_the_pair_loss_asks_for_it(pai
     monkeypatch.setattr(_streamed, "TILE_ELEMENTS", 2**14)
     n = 512
     loss = HREMLoss(
-        16, graph=AssociationGraph(topk=2, candidates=2), interaction=RelationInteraction(16, num_heads=2),
+        16, graph=AssociationGraph(topk=2, candidates=2), interaction=RelationInteraction(16, num_heads=2, gate=0.6),
         pair_loss=pair_loss,
     )  # fmt: skip
     inputs = [torch.randn(*shape, requires_grad=True) for shape in ((n, 16), (n, 16), (n, 2, 4), (n, 2, 4))]

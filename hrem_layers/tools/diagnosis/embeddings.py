@@ -23,7 +23,7 @@ PLAIN = (
 ENHANCED = (
     "The relation modules moved faster than the encoders. Give loss.relation_parameters() a tenth of "
     "the learning rate, "
-    "use warmup_steps (10 to 30% of all steps), and keep RelationInteraction(residual=True); restart "
+    "use warmup_steps (10 to 30% of all steps), and keep RelationInteraction's residual and gate=0; restart "
     "the relation modules, "
     "for they seldom come back by themselves."
 )

@@ -60,7 +60,8 @@ def look_at_regularizer(loss: HREMLoss, seen: Observed) -> list[Finding]:
 
 
 def _gradient_ratio(loss: HREMLoss, seen: Observed, graph: RelationGraph) -> float:
-    """‖∂(w_r·L_reg)/∂S‖ / ‖∂(pair terms)/∂S‖ over both blocks across; 1 if neither pulls."""
+    """‖∂(w_r·L_reg)/∂S‖ / ‖∂(pair terms)/∂S‖ over both blocks across; with the interaction's gate open; 1 if
+    the pair terms do not pull."""
     with torch.enable_grad(), untouched(loss, seen.image.device):
         relevance = graph.relevance.detach().clone().requires_grad_()
         leaf = graph._replace(relevance=relevance)
@@ -78,9 +79,11 @@ def _gradient_ratio(loss: HREMLoss, seen: Observed, graph: RelationGraph) -> flo
             pairs = pairs + loss.cross_weight * both
         regularization = loss.graph.regularization(leaf, v, u) + relevance.sum() * 0  # type: ignore[operator]
         of_pairs, of_reg = (_across(torch.autograd.grad(x, relevance)[0], graph) for x in (pairs, regularization))
-    if of_pairs == 0 and of_reg == 0:
+    if of_pairs == 0:
         return 1.0
-    return loss.regularization_weight * of_reg / max(of_pairs, torch.finfo(torch.float32).tiny)
+    gate = getattr(loss.interaction, "learned_gate", None)  # as long as it is nearly closed the pairs pull little
+    opened = 1.0 if gate is None else abs(float(gate))
+    return loss.regularization_weight * of_reg / of_pairs * opened
 
 
 def _across(grad: Tensor, graph: RelationGraph) -> float:
