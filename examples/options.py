@@ -220,7 +220,6 @@ def check_saved(saved: Any) -> None:
         try:
             if action.dest in filled and value is None:
                 raise argparse.ArgumentTypeError("expected a value, got None")
-            if action.dest not in MAY_DIFFER - {"epochs"}:
-                check_value(action, value)
+            check_value(action, value)
         except argparse.ArgumentTypeError as error:
             raise ValueError(f"option {flag(action.dest)}: {error}") from None
