@@ -181,7 +181,8 @@ def _progress(path: Path, state: dict[str, Any]) -> None:
         raise fault(path, "rsum", f"{best}, the best of the history", f"{state['rsum']}")
     steps = sum(entry["steps"] for entry in history) + sampler["batches_done"]
     if state["total_steps"] != steps:
-        raise fault(path, "total_steps", f"{steps}, the steps of the history and 'batches_done'", f"{state['total_steps']}")
+        expected = f"{steps}, by the history and 'batches_done'"
+        raise fault(path, "total_steps", expected, str(state["total_steps"]))
 
 
 def size_of(path: Path, weights: Mapping[str, Tensor], key: str) -> torch.Size:

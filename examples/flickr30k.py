@@ -87,6 +87,8 @@ def data_folder(arguments: argparse.Namespace) -> Path:
 
 def open_splits(arguments: argparse.Namespace, data: Path, *splits: str) -> list[Pairs]:
     """The splits, and all of those that are only read at the end of an epoch or of the run."""
+    if len({*arguments.captions}) < len(arguments.captions):
+        raise ValueError(f"--captions {' '.join(arguments.captions)}: expected each name once")
     for name in arguments.captions[1:]:
         if not any(data.glob(f"*_{glob.escape(name)}.txt")):
             raise ValueError(f"--captions {name}: expected train_{name}.txt, or that of another split, in {data}")

@@ -8,7 +8,7 @@ from typing import Any, NoReturn
 
 import processes
 from encoders import check_bert_folder
-from ranges import SHARE, Integer, Number, Word, check_device, check_value
+from ranges import SHARE, Integer, Number, Word, check_device, check_value, location
 
 from hrem_layers.tools import release
 
@@ -63,9 +63,9 @@ def make_parser() -> Parser:
             default = f" [{options['default']}]"
         parser.add_argument(name, help=text + default.replace("%", "%%"), **options)
 
-    add("--data-dir", "folder with {train,dev,test}_ims.npy and _caps.txt; without it: scenes of emoji", type=Path)
-    add("--cache-dir", "where the emoji features are kept", type=Path, default=Path("~/.cache/hrem-layers"))
-    add("--output-dir", "where everything is written [a new folder in runs/]", type=Path)
+    add("--data-dir", "folder with {train,dev,test}_ims.npy and _caps.txt; without it: scenes of emoji", type=location)
+    add("--cache-dir", "where the emoji features are kept", type=location, default=Path("~/.cache/hrem-layers"))
+    add("--output-dir", "where everything is written [a new folder in runs/]", type=location)
     add("--test-split", "split of the final evaluation (COCO 5K: testall)", default="test", type=Word())
     add("--captions-per-image", "captions per image in the files", type=Integer(1), default=5)
     add("--captions", "names of the lists {split}_NAME.txt; the first is read for each split, more where they are",
@@ -75,7 +75,7 @@ def make_parser() -> Parser:
 
     add("--text-encoder", "recurrent on a vocabulary of the training captions, or BERT", choices=["bigru", "bert"])
     add("--bert", "BERT: local folder or hub name", default="bert-base-uncased")
-    add("--word-vectors", "bigru: pretrained vectors, GloVe or fastText as text or .gz, or .npz", type=Path)
+    add("--word-vectors", "bigru: pretrained vectors, GloVe or fastText as text or .gz, or .npz", type=location)
     add("--open-vocabulary", "bigru: know all words of --word-vectors, also those that training never saw",
         action=argparse.BooleanOptionalAction)  # fmt: skip
     add("--word-lr-factor", "bigru: learning rate of the word vectors, times this (0: they stay)",
@@ -107,18 +107,18 @@ def make_parser() -> Parser:
     add("--region-drop", "share of the regions left out in training", type=SHARE, default=TRAINING["region_drop"])
     add("--word-drop", "share of the words masked, replaced or deleted in training", type=SHARE,
         default=TRAINING["word_drop"])  # fmt: skip
-    add("--lr", "learning rate (BERT itself: a tenth)", type=Number(above=0))
+    add("--lr", "learning rate (BERT itself: a tenth)", type=Number(least=1e-12))
     add("--lr-steps", "epochs at which it is divided by ten", type=Integer(1), nargs="*")
     add("--weight-decay", "of AdamW", type=Number(least=0, zero="none"), default=TRAINING["weight_decay"])
     add("--grad-clip", "largest norm of the gradient (0: any)", type=Number(least=0, zero="any norm"),
         default=TRAINING["grad_clip"])  # fmt: skip
 
     add("--resume", "go on from CHECKPOINT, or from last.pt in --output-dir", nargs="?", const="",
-        metavar="CHECKPOINT")  # fmt: skip
+        type=lambda text: text and location(text), metavar="CHECKPOINT")  # fmt: skip
     add("--init-from", "begin with the encoders of this checkpoint, of the script or of the authors' release",
-        type=Path, metavar="CHECKPOINT")  # fmt: skip
+        type=location, metavar="CHECKPOINT")  # fmt: skip
     add("--eval-only", "evaluate checkpoints on the test split, train nothing; of several, by their mean similarity",
-        type=Path, nargs="+", metavar="CHECKPOINT")  # fmt: skip
+        type=location, nargs="+", metavar="CHECKPOINT")  # fmt: skip
     add("--seed", "of everything random", type=Integer(0, 2**32 - 1), default=0)
     add("--device", "cpu, cuda, cuda:1, ...; auto takes a GPU if there is one", default="auto", type=check_device)
     add("--threads", "of PyTorch on the CPU [as many as are idle, at most one per core]", type=Integer(1, 1024))
@@ -154,7 +154,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         return arguments
     try:
         check_together(arguments)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         parser.error(str(error))
     return arguments
 
@@ -175,9 +175,19 @@ def check_together(arguments: argparse.Namespace) -> None:
             f"--images-per-cluster must divide the batch of a process, {per_process}, "
             f"got {arguments.images_per_cluster}"
         )
+    fastest = arguments.lr * max(1.0, arguments.word_lr_factor)
+    if fastest * arguments.weight_decay >= 1:
+        raise ValueError(
+            f"--weight-decay {arguments.weight_decay:g}: times the learning rate {fastest:g} it must be below 1, or "
+            "each step turns the signs of the weights"
+        )
+    if 0 < arguments.grad_clip < 1e-6:
+        raise ValueError(
+            f"--grad-clip {arguments.grad_clip:g}: gradients as short vanish beside AdamW's epsilon; 0 means any norm"
+        )
     if arguments.resume == "" and arguments.output_dir is None:
         raise ValueError("--resume needs a CHECKPOINT, or the --output-dir whose last.pt it goes on from")
-    if arguments.resume and not Path(arguments.resume).is_file():
+    if arguments.resume and not arguments.resume.is_file():
         raise ValueError(f"--resume: no file {arguments.resume}")
     if arguments.init_from is not None and not arguments.init_from.is_file():
         raise ValueError(f"--init-from: no file {arguments.init_from}")

@@ -27,7 +27,7 @@ def choose(arguments: argparse.Namespace) -> Path:
     """Where to write: what was asked for, else the next free folder in runs/. It exists afterwards."""
     folder = arguments.output_dir
     if folder is None and arguments.resume:
-        folder = Path(arguments.resume).parent
+        folder = arguments.resume.parent
     if folder is None:
         base = Path("runs") / (arguments.data_dir.resolve().name if arguments.data_dir else "emoji")
         folder = Path(processes.from_main(str(_next_free(base)) if processes.is_main() else ""))
@@ -92,7 +92,7 @@ def resume_from(arguments: argparse.Namespace, folder: Path) -> tuple[Path, dict
                 f"or another folder (found {', '.join(left)})"
             )
         return None
-    path = Path(arguments.resume) if arguments.resume else folder / "last.pt"
+    path = arguments.resume or folder / "last.pt"
     if not arguments.resume and not path.exists():
         if left:
             raise FileExistsError(f"--resume: {folder} holds {', '.join(left)} of a run, but no last.pt to go on from")

@@ -208,7 +208,9 @@ def test_wrong_values(data: Path, trained: Path, tmp_path: Path, key: str, value
     resume_is_refused(data, trained, tmp_path / "run", state, named)
 
 
-@pytest.mark.parametrize("key", ["model", "arguments.embed_dim", "arguments.bert", "vocabulary", "history", "sampler.epoch"])
+@pytest.mark.parametrize(
+    "key", ["model", "arguments.embed_dim", "arguments.bert", "vocabulary", "history", "sampler.epoch"]
+)
 def test_evaluation_refuses_them_too(trained: Path, tmp_path: Path, key: str) -> None:
     state = copy.deepcopy(checkpoint.load(trained / "best.pt"))
     set_at(state, key, 7 if key == "arguments.bert" else None)
