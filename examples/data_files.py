@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -166,8 +167,8 @@ def read_integers(path: Path, count: int, what: str) -> np.ndarray:
 # ---------------------------------------------------------------------------------------- to recognise data again
 
 
-def digest(*parts: bytes | str) -> str:
-    """Of a few parts in order; the same parts cut otherwise give another."""
+def digest(parts: Iterable[bytes | str]) -> str:
+    """Of parts in order; the same parts cut otherwise give another."""
     total = hashlib.sha256()
     for part in parts:
         content = part.encode("utf-8", "surrogatepass") if isinstance(part, str) else part

@@ -124,7 +124,9 @@ def train_and_evaluate(arguments: argparse.Namespace, device: torch.device, anno
             arguments.threads = resumed[1]["arguments"]["threads"]  # sums depend on it in their last digits
         choose_threads(arguments)
         words = known_words(arguments, train_pairs, vectors)
-        fingerprint = train_pairs.fingerprint() | dev_pairs.fingerprint() | vocabulary_fingerprint(words)
+        fingerprint = vocabulary_fingerprint(words)
+        for pairs in (train_pairs, dev_pairs, test_pairs):
+            fingerprint |= pairs.fingerprint()
         if resumed:
             run_folder.check_same_data(resumed[0], resumed[1]["data"], fingerprint, data)
         torch.manual_seed(arguments.seed)

@@ -24,6 +24,7 @@ from torch.utils.data import Dataset
 
 __all__ = ["Batch", "Captions", "DataError", "Images", "Pairs", "TrainingPairs", "collate", "load_pairs", "pad"]
 
+HASHED_IN_FULL = 2**27  # features of a split
 Encode = Callable[[str, "np.random.Generator | None"], list[int]]
 
 
@@ -63,17 +64,21 @@ class Pairs(NamedTuple):
     def fingerprint(self) -> dict[str, str]:
         """What makes these data these data, by the name of the file that it stands in.
 
-        Of the features the counts, the width, and a sample of the images: they may be 60 GB.
+        Of features above 512 MB the counts, the width, and a sample of the images: they may be 60 GB.
         """
-        n = self.num_images
-        sample = sorted({*np.linspace(0, n - 1, min(n, 64)).astype(int).tolist()})
+        n, (_, regions, width) = self.num_images, self.features.shape
+        sample = range(n) if n * regions * width <= HASHED_IN_FULL else _spread(n)
         split = self.path.name.removesuffix("_ims.npy")
-        content = digest(*(self.image(i).tobytes() for i in sample))
-        return {
-            self.path.name: f"{n} images of {self.features.shape[1]} x {self.features.shape[2]} features, {content}",
-            f"{split}_caps.txt": f"{len(self.captions)} captions, {digest(*self.captions)}",
-            f"{split}_ids.npy": f"{len(np.unique(self.ids))} distinct ids, {digest(self.ids.tobytes())}",
+        content = digest(self.image(i).tobytes() for i in sample)
+        found = {
+            self.path.name: f"{n} images of {regions} x {width} features, {content}",
+            f"{split}_caps.txt": f"{len(self.captions)} captions, {digest(self.captions)}",
+            f"{split}_ids.npy": f"{len(np.unique(self.ids))} distinct ids, {digest([self.ids.tobytes()])}",
         }
+        if self.lengths is not None and self.lengths.min() < regions:
+            lengths = self.lengths[:: self.rows_per_image]
+            found[f"{split}_lengths.npy"] = f"{lengths.sum()} real regions, {digest([lengths.tobytes()])}"
+        return found
 
 
 def load_pairs(folder: Path, split: str, captions_per_image: int = 5, lists: Sequence[str] = ("caps",)) -> Pairs:
@@ -140,10 +145,14 @@ def _join(captions: list[str], more: Sequence[tuple[Path, list[str]]], images: i
     ]
 
 
+def _spread(images: int) -> list[int]:
+    """Some 64 of them, the first and the last among them."""
+    return sorted({*np.linspace(0, images - 1, min(images, 64)).astype(int).tolist()})
+
+
 def _check_repeated(features: Features, times: int) -> None:
-    """Some 64 images, the first and the last among them."""
     images = len(features) // times
-    for image in sorted({*np.linspace(0, images - 1, min(images, 64)).astype(int).tolist()}):
+    for image in _spread(images):
         rows = features.array[image * times : (image + 1) * times]
         if not np.array_equal(rows, np.broadcast_to(rows[:1], rows.shape), equal_nan=True):
             raise misfit(
