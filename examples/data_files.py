@@ -7,6 +7,7 @@ the file again.
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -22,7 +23,7 @@ WHERE = (
     "emoji, which pip installs."
 )
 # a caption that still carries what stood beside it in a table: "123.jpg#0<tab>A dog"
-_TABLE = re.compile(r"\t|^\S+\.(?:jpe?g|png|webp)\b", re.IGNORECASE)
+_TABLE = re.compile(r"\t|^\S+\.(?:jpe?g|png|webp|gif|bmp|tiff?)\b", re.IGNORECASE)
 
 
 class DataError(ValueError):
@@ -40,6 +41,14 @@ def check_is_file(path: Path) -> None:
     if not path.is_file():
         others = ", ".join(sorted(p.name for p in path.parent.iterdir())[:12]) or "nothing"
         raise misfit(path, "a file", f"none; the folder holds {others}")
+
+
+def is_there(path: Path) -> bool:
+    """Of a file that may be missing; what has its name and is no file raises DataError."""
+    if not os.path.lexists(path):
+        return False
+    check_is_file(path)
+    return True
 
 
 # ---------------------------------------------------------------------------------------- captions

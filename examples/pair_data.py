@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import processes
 import torch
-from data_files import DataError, Features, check_is_file, digest, misfit, read_captions, read_integers
+from data_files import DataError, Features, check_is_file, digest, is_there, misfit, read_captions, read_integers
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
@@ -113,15 +113,15 @@ def load_pairs(folder: Path, split: str, captions_per_image: int = 5, lists: Seq
             f"{len(features)} rows",
         )
     rows_per_image = len(features) // images
-    more = [path for name in lists[1:] if (path := folder / f"{split}_{name}.txt").is_file()]
+    more = [path for name in lists[1:] if is_there(path := folder / f"{split}_{name}.txt")]
     captions = _join(captions, [(path, read_captions(path)) for path in more], images)
     captions_per_image = len(captions) // images
     if rows_per_image > 1:
         _check_repeated(features, rows_per_image)
     ids_path, lengths_path = folder / f"{split}_ids.npy", folder / f"{split}_lengths.npy"
-    ids = read_integers(ids_path, images, "an id per image") if ids_path.is_file() else np.arange(images)
+    ids = read_integers(ids_path, images, "an id per image") if is_there(ids_path) else np.arange(images)
     lengths = None
-    if lengths_path.is_file():
+    if is_there(lengths_path):
         lengths = read_integers(lengths_path, len(features), "the number of real regions per row")
         if lengths.min() < 1 or lengths.max() > features.shape[1]:
             raise misfit(

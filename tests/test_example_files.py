@@ -60,7 +60,7 @@ def test_what_is_no_captions_file_is_named(tmp_path: Path, content: bytes, messa
         read_captions(tmp_path / "c.txt")
 
 
-@pytest.mark.parametrize("odd", ["123.jpg#0\ta dog", "123.jpg#0 a dog", "COCO_1.png a dog", "7\ta dog"])
+@pytest.mark.parametrize("odd", ["123.jpg#0\ta dog", "123.jpg#0 a dog", "COCO_1.png a dog", "1.gif a dog", "7\ta dog"])
 def test_captions_that_carry_a_table_along_are_warned_of(
     tmp_path: Path, odd: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -162,6 +162,13 @@ def test_ids_that_do_not_fit_are_named(tmp_path: Path, ids: bytes | np.ndarray, 
     path.write_bytes(ids) if isinstance(ids, bytes) else np.save(path, ids)
     with pytest.raises(DataError, match=rf"train_ids\.npy: expected .*{message}"):
         read_integers(path, 8, "an id per image")
+
+
+@pytest.mark.parametrize("name", ["train_ids.npy", "train_lengths.npy", "train_long.txt"])
+def test_what_may_be_missing_is_not_passed_over_if_it_is_there(data: Path, name: str) -> None:
+    (data / name).symlink_to(data / "gone")
+    with pytest.raises(DataError, match=rf"{name}: expected a file, found none"):
+        load_pairs(data, "train", lists=("caps", "long"))
 
 
 def test_only_so_many_regions_as_the_lengths_say(data: Path) -> None:
