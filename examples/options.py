@@ -79,7 +79,7 @@ def make_parser() -> Parser:
     add("--open-vocabulary", "bigru: know all words of --word-vectors, also those that training never saw",
         action=argparse.BooleanOptionalAction)  # fmt: skip
     add("--word-lr-factor", "bigru: learning rate of the word vectors, times this (0: they stay)",
-        type=Number(least=0, zero="they stay as they are"))  # fmt: skip
+        type=Number(least=0, most=1e6, zero="they stay as they are"))  # fmt: skip
     add("--vocabulary-min-count", "bigru: occurrences that make a word known", type=Integer(1))
     add("--embed-dim", "size of the joint space", type=Integer(2))
     add("--num-heads", "attention heads of all transformer layers", type=Integer(1))
@@ -107,7 +107,7 @@ def make_parser() -> Parser:
     add("--region-drop", "share of the regions left out in training", type=SHARE, default=TRAINING["region_drop"])
     add("--word-drop", "share of the words masked, replaced or deleted in training", type=SHARE,
         default=TRAINING["word_drop"])  # fmt: skip
-    add("--lr", "learning rate (BERT itself: a tenth)", type=Number(least=1e-12))
+    add("--lr", "learning rate (BERT itself: a tenth)", type=Number(least=1e-12, most=1e6))
     add("--lr-steps", "epochs at which it is divided by ten", type=Integer(1), nargs="*")
     add("--weight-decay", "of AdamW", type=Number(least=0, zero="none"), default=TRAINING["weight_decay"])
     add("--grad-clip", "largest norm of the gradient (0: any)", type=Number(least=0, zero="any norm"),
