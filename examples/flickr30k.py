@@ -141,10 +141,9 @@ def train_and_evaluate(arguments: argparse.Namespace, device: torch.device, anno
             if run.best is not None and processes.is_main():
                 checkpoint.save(folder / "best.pt", run.best_state())
         announce.append(run)
-        say_start(
-            arguments, run, folder, device, train=train_pairs, dev=dev_pairs, **{arguments.test_split: test_pairs}
-        )
-        for split, pairs in (("train", train_pairs), ("dev", dev_pairs), (arguments.test_split, test_pairs)):
+        splits = {"train": train_pairs, "dev": dev_pairs, arguments.test_split: test_pairs}
+        say_start(arguments, run, folder, device, splits)
+        for split, pairs in splits.items():
             say_what_is_cut(built.encode, split, pairs)
         train(run, train_pairs, dev_pairs, built, arguments, folder, device)
 
@@ -157,7 +156,9 @@ def train_and_evaluate(arguments: argparse.Namespace, device: torch.device, anno
         )
 
 
-def say_start(arguments: argparse.Namespace, run: Run, folder: Path, device: torch.device, **splits: Pairs) -> None:
+def say_start(
+    arguments: argparse.Namespace, run: Run, folder: Path, device: torch.device, splits: dict[str, Pairs]
+) -> None:
     sizes = "; ".join(f"{name} {p.num_images} images, {len(p.captions)} captions" for name, p in splits.items())
     threads = f", {arguments.threads} thread(s)" if device.type == "cpu" else ""
     resumed = f"; resumed in epoch {run.epoch + 1} after {run.step} steps" if run.total_steps else ""

@@ -81,8 +81,8 @@ def make_parser() -> Parser:
     add("--word-lr-factor", "bigru: learning rate of the word vectors, times this (0: they stay)",
         type=Number(least=0, most=1e6, zero="they stay as they are"))  # fmt: skip
     add("--vocabulary-min-count", "bigru: occurrences that make a word known", type=Integer(1))
-    add("--embed-dim", "size of the joint space", type=Integer(2))
-    add("--num-heads", "attention heads of all transformer layers", type=Integer(1))
+    add("--embed-dim", "size of the joint space", type=Integer(2, 2**16))
+    add("--num-heads", "attention heads of all transformer layers", type=Integer(1, 2**16))
     add("--dropout", "dropout of all transformer layers", type=SHARE,
         default=release.SETTINGS["fragments"]["dropout"])  # fmt: skip
 

@@ -28,11 +28,14 @@ def choose(arguments: argparse.Namespace) -> Path:
     folder = arguments.output_dir
     if folder is None and arguments.resume:
         folder = arguments.resume.parent
-    if folder is None:
-        base = Path("runs") / (arguments.data_dir.resolve().name if arguments.data_dir else "emoji")
-        folder = Path(processes.from_main(str(_next_free(base)) if processes.is_main() else ""))
-    elif processes.is_main():
-        folder.mkdir(parents=True, exist_ok=True)
+    try:
+        if folder is None:
+            base = Path("runs") / (arguments.data_dir.resolve().name if arguments.data_dir else "emoji")
+            folder = Path(processes.from_main(str(_next_free(base)) if processes.is_main() else ""))
+        elif processes.is_main():
+            folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(f"--output-dir {folder or 'runs'}: no folder can be made there ({error.strerror})") from error
     processes.wait()
     return folder
 

@@ -34,8 +34,8 @@ OUT_OF_RANGE = {
     "--text-encoder": ["lstm"],
     "--word-lr-factor": ["-0.1", "1e38", "nan", "inf"],
     "--vocabulary-min-count": ["0", "-3"],
-    "--embed-dim": ["0", "-8", "1", "1e3"],
-    "--num-heads": ["0", "-1"],
+    "--embed-dim": ["0", "-8", "1", "1e3", "1000000000"],
+    "--num-heads": ["0", "-1", HUGE],
     "--dropout": ["-0.1", "1", "1.5", "nan", "x"],
     "--mechanism": ["both"],
     "--alignment": ["best"],
@@ -137,6 +137,14 @@ def test_what_the_data_do_not_allow_is_said_before_training(
 ) -> None:
     assert message in refused(command(data, tmp_path / "run", *more), capsys)
     assert not (tmp_path / "run" / "last.pt").exists()
+
+
+@pytest.mark.parametrize("split", ["train", "dev"])
+def test_the_final_evaluation_may_be_on_a_split_of_training(
+    data: Path, tmp_path: Path, split: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flickr30k.main(command(data, tmp_path, "--epochs", "1", "--embed-dim", "8", "--test-split", split))
+    assert f"\n{split}: {16 if split == 'train' else 6} images" in capsys.readouterr().out
 
 
 def test_five_folds_of_too_few_images(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
