@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -111,18 +111,11 @@ def check(path: Path, state: dict[str, Any], *, to_go_on: bool) -> None:
             raise fault(path, key, "a value", "none")
     if type(state["format"]) is not int or state["format"] != FORMAT:
         raise fault(path, "format", str(FORMAT), _describe(state["format"]))
-    try:
-        options.check_saved(state["arguments"])
-    except ValueError as error:
-        raise Damaged(f"{path}: key 'arguments': {error}") from error
+    check_encoders(path, state)
     _kind(path, "run_id", state["run_id"], str, "text")
-    words = _kind(path, "vocabulary", state["vocabulary"], list, "a list of words")
-    if not all(isinstance(word, str) for word in words) or len(set(words)) != len(words):
-        raise fault(path, "vocabulary", "different words", "others")
     data = _kind(path, "data", state["data"], dict, "a dictionary")
     for name, content in data.items():
         _kind(path, f"data.{name}", content, str, "text")
-    _weights(path, "model", state["model"])
     _progress(path, state)
     if to_go_on:
         _kind(path, "random", state["random"], list, "the random states of all processes")
@@ -141,8 +134,24 @@ def check(path: Path, state: dict[str, Any], *, to_go_on: bool) -> None:
         raise fault(path, "best", "the best epoch so far", "None")
 
 
+def check_encoders(path: Path, state: dict[str, Any], names: Iterable[str] | None = None) -> None:
+    """Raises Damaged unless ``state`` holds weights, a vocabulary, and the options ``names`` (None: all)."""
+    for key in ("arguments", "vocabulary", "model"):
+        if key not in state:
+            raise fault(path, key, "a value", "none")
+    try:
+        options.check_saved(state["arguments"], names)
+    except ValueError as error:
+        raise Damaged(f"{path}: key 'arguments': {error}") from error
+    words = _kind(path, "vocabulary", state["vocabulary"], list, "a list of words")
+    if not all(isinstance(word, str) for word in words) or len(set(words)) != len(words):
+        raise fault(path, "vocabulary", "different words", "others")
+    _weights(path, "model", state["model"])
+
+
 def _weights(path: Path, key: str, weights: Any) -> None:
     for name, value in _kind(path, key, weights, dict, "weights by name").items():
+        _kind(path, key, name, str, "names that are text")
         _check_tensor(path, f"{key}.{name}", value)
         _check_finite(path, f"{key}.{name}", value)
     if not weights:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -216,13 +217,13 @@ def given_options(argv: list[str] | None) -> set[str]:
     return set(vars(parser.parse_args(argv)))
 
 
-def check_saved(saved: Any) -> None:
-    """Raises ValueError unless ``saved`` holds every option, each in its range."""
+def check_saved(saved: Any, names: Iterable[str] | None = None) -> None:
+    """Raises ValueError unless ``saved`` holds the options ``names`` (None: all), each in its range."""
     if not isinstance(saved, dict):
         raise ValueError(f"expected the options of a run, found {type(saved).__name__}")
     filled = {**dict.fromkeys(RELEASE)}
     for action in make_parser()._actions:
-        if action.dest == "help":
+        if action.dest == "help" or (names is not None and action.dest not in names):
             continue
         if action.dest not in saved:
             raise ValueError(f"option {flag(action.dest)} is missing")

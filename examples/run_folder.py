@@ -63,8 +63,11 @@ def locked(folder: Path) -> Iterator[None]:
     if fcntl is None or not processes.is_main():
         yield
         return
-    path = folder / ".lock"
-    with path.open("a+") as file:
+    try:
+        opened = (folder / ".lock").open("a+")
+    except OSError as error:
+        raise OSError(f"--output-dir {folder}: nothing can be written there ({error.strerror})") from error
+    with opened as file:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not flock: workers would inherit it and outlive a kill
         except (BlockingIOError, PermissionError):

@@ -212,6 +212,11 @@ def test_a_folder_that_cannot_be(data: Path, tmp_path: Path, place: str) -> None
     assert f"--output-dir {tmp_path / place}: no folder" in stopped(command(data, tmp_path / place, *TINY))
 
 
+def test_a_folder_in_which_nothing_can_be_written(data: Path, tmp_path: Path) -> None:
+    (tmp_path / ".lock").mkdir()
+    assert f"--output-dir {tmp_path}: nothing can be written there" in stopped(command(data, tmp_path, *TINY))
+
+
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may write everywhere")
 def test_a_read_only_folder(data: Path, tmp_path: Path) -> None:
     (tmp_path / "run").mkdir(mode=0o500)

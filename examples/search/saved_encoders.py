@@ -76,6 +76,8 @@ class Encoders:
         return any(i != self.encode.tokenizer.unk_token_id for i in self.encode(text, None)[1:-1])
 
     def _checked(self, features: np.ndarray) -> Tensor:
+        if features.dtype.kind not in "fiu":
+            raise ValueError(f"expected features that are numbers, got {features.dtype} {features.shape}")
         if features.ndim != 2 or features.shape[1] != self.feature_dim or not len(features):
             raise ValueError(
                 f"these encoders take (regions, {self.feature_dim}) features per image, got {features.shape}: "
@@ -116,6 +118,8 @@ def load_encoders(path: Path, bert: str | None = None) -> Encoders:
         FileNotFoundError, ValueError: there is no such file, or it is damaged or another kind of file.
     """
     state = authors_checkpoint.load_any(path, path)
-    if "encoders" not in state:
+    if state.get("encoders") == 1:
+        checkpoint_checks.check_encoders(path, state, KEPT)
+    else:
         checkpoint_checks.check(path, state, to_go_on=False)
     return Encoders(state, path, bert)
