@@ -53,9 +53,9 @@ def main() -> None:
         "the size of the result itself; *similarities* is what one copy of all N²·R·W of them would take.",
         table(["", "align_fragments", "HREMLoss", "fragments' gradients", "similarities"], rows),
         "Besides its results the alignment needs the fragments' normalised copies and gradients (N·(R + W)·D), the "
-        "2·(topk + 1) numbers a pair with their gradients (N²), and constants: 64 MB of kept similarities and two "
+        "2·(topk + 1) numbers per pair with their gradients (N²), and constants: 64 MB of kept similarities and two "
         "tiles. HREMLoss adds N² numbers: S, the relevance MLPs' hidden values, cosines. Its attention weights, 16 "
-        "heads of (2N)², are held a few heads at a time (8 MB a matrix) from N = 256 on. The process holds more than "
+        "heads of (2N)², are held a few heads at a time (2 MB per matrix) from N = 128 on. The process holds more than "
         "is in use, by 50 to 100 MB and differently from run to run: the C library keeps what was freed.",
     )
 

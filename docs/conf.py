@@ -1,21 +1,24 @@
 """Sphinx configuration: ``make docs`` after ``pip install -c constraints.txt -e ".[docs]"``. Needs no network."""
 
+import re
 import zlib
 from importlib.util import find_spec
 from pathlib import Path
 
+from docutils import nodes
+from latex2mathml.converter import convert
 from sphinx.ext.intersphinx import missing_reference
 
 from hrem_layers import __version__
 
 project = "hrem-layers"
 author = "The hrem-layers developers"
+copyright = author
 release = __version__
 extensions = [
     "myst_parser",
     "sphinx.ext.autodoc",
     "sphinx.ext.napoleon",
-    "sphinx.ext.mathjax",
     "sphinx.ext.intersphinx",
     "sphinx.ext.viewcode",
 ]
@@ -29,6 +32,8 @@ html_theme = "furo"
 html_title = "hrem-layers"
 html_static_path = ["static"]
 html_css_files = ["pages.css"]
+html_math_renderer = "mathml"
+pygments_dark_style = "github-dark"
 exclude_patterns = ["build", "static"]
 autodoc_mock_imports = ["matplotlib"] if find_spec("matplotlib") is None else []
 nitpicky = True
@@ -111,19 +116,43 @@ def _resolve_short_name(app, env, node, contnode):
 
 
 COLON = "\ue000"  # of the private use area: in no docstring
+SECTION = re.compile(r"(\s*)(\w+):$")
 
 
 def _hide_colons(app, what, name, obj, options, lines) -> None:
-    """Napoleon takes what stands before a colon for a type: "L(v, u): ..." would lose its first words."""
+    """Napoleon takes what stands before a colon for a type: "L(v, u): ..." would lose its first words, and "Returns: a
+    figure: ..." would name none. Types are in the annotations.
+    """
+    if lines and lines[0].startswith("Alias for field number"):  # what Python says of a field that has no docstring
+        lines.clear()
     if what in ("attribute", "data", "property"):
         lines[:] = [line.replace(":", COLON) for line in lines]
+    section, margin = "", 0
+    for place, line in enumerate(lines):
+        if line.strip() and len(line) - len(line.lstrip()) <= margin:
+            found = SECTION.match(line)
+            section, margin = (found[2], len(found[1])) if found else ("", 0)
+        elif section in ("Returns", "Yields"):
+            lines[place] = line.replace(":", COLON)
 
 
 def _show_colons(app, what, name, obj, options, lines) -> None:
     lines[:] = [line.replace(COLON, ":") for line in lines]
 
 
+def _mathml(display: str):
+    """Formulas as MathML, which browsers draw by themselves: each reader would fetch MathJax from the network."""
+
+    def visit(translator, node) -> None:
+        formula = convert(node.astext(), display=display)
+        translator.body.append(formula if display == "inline" else f'<div class="math">{formula}</div>')
+        raise nodes.SkipNode
+
+    return visit, None
+
+
 def setup(app) -> None:
+    app.add_html_math_renderer("mathml", _mathml("inline"), _mathml("block"))
     app.connect("missing-reference", _resolve_short_name)
     app.connect("autodoc-process-docstring", _hide_colons, priority=1)
     app.connect("autodoc-process-docstring", _show_colons, priority=999)

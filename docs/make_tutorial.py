@@ -12,7 +12,8 @@ from typing import Any
 
 DOCS = Path(__file__).parent
 PICTURES = ("terms", "graph", "neighbors", "alignment")
-SKIPPED = re.compile(r"^!\[.*?\]\(.*?\)\n?", flags=re.MULTILINE)  # the notebook draws them itself
+# The notebook draws and prints these itself
+SKIPPED = re.compile(r"^!\[.*?\]\(.*?\)\n?|^```text\n.*?^```\n?", flags=re.MULTILINE | re.DOTALL)
 
 
 def cells(page: str) -> list[tuple[str, str]]:

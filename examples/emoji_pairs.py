@@ -7,7 +7,7 @@ than the default data, emoji_scenes.py: all that dev and test show are concepts 
 
 
     {train,dev,test}_ims.npy      (n, 16, 1280) float32: the 4 x 4 cells of an ImageNet network's feature map
-    {train,dev,test}_caps.txt     five captions an image
+    {train,dev,test}_caps.txt     five captions per image
     {train,dev,test}_images.tsv   code points, drawing and name of each image
     test_pictures.npy             (n, 72, 72, 3) uint8: the test images themselves
     word_vectors.npz              words, vectors: pretrained vectors of all words in the captions

@@ -9,7 +9,7 @@ regions in float16:
 
     {train,dev,test}_ims.npy      (n, 4, 704) float16: a row per thing, as a faultless detector would find them
     {train,dev,test}_lengths.npy  (n,): how many things there are
-    {train,dev,test}_caps.txt     five captions an image
+    {train,dev,test}_caps.txt     five captions per image
     {train,dev,test}_scenes.tsv   code points and drawing of each thing
     test_pictures.npy             (n, 128, 128, 3) uint8: the test images themselves
     word_vectors.npz              words, vectors: pretrained vectors of all words in the captions

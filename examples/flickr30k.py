@@ -182,12 +182,14 @@ def evaluate_only(arguments: argparse.Namespace, device: torch.device) -> None:
     folder = arguments.output_dir or arguments.eval_only[0].parent / f"eval-{split}"
     folder.mkdir(parents=True, exist_ok=True)
 
-    members, whose = [], ""
-    for path, state in states:
+    models, members, whose = [], [], ""
+    for path, state in states:  # all of them fit before the first is evaluated
         saved = argparse.Namespace(**state["arguments"])
         for key in EVALUATION & (arguments.given | {"data_dir", "num_workers"}):
             setattr(saved, key, getattr(arguments, key))
         built = rebuild(path, state, saved, pairs)
+        models.append((built, saved))
+    for (path, state), (built, saved) in zip(states, models, strict=True):
         say_what_is_cut(built.encode, split, pairs)
         members.append(evaluate(built.model.to(device), pairs, built, saved, device, split))
         done = state["sampler"]["batches_done"]

@@ -81,6 +81,20 @@ class Pairs(NamedTuple):
         return found
 
 
+def read_lengths(path: Path, features: Features) -> np.ndarray | None:
+    """How many regions of each row are real, [rows] int64; None if there is no such file: all are.
+
+    Raises:
+        DataError: it is no such file, or does not fit the features.
+    """
+    if not is_there(path):
+        return None
+    lengths = read_integers(path, len(features), "the number of real regions per row")
+    if lengths.min() < 1 or lengths.max() > features.shape[1]:
+        raise misfit(path, f"numbers of regions from 1 to {features.shape[1]}", f"{lengths.min()} to {lengths.max()}")
+    return lengths
+
+
 def load_pairs(folder: Path, split: str, captions_per_image: int = 5, lists: Sequence[str] = ("caps",)) -> Pairs:
     """Opens one split of ``folder`` and checks that its files fit each other.
 
@@ -120,13 +134,7 @@ def load_pairs(folder: Path, split: str, captions_per_image: int = 5, lists: Seq
         _check_repeated(features, rows_per_image)
     ids_path, lengths_path = folder / f"{split}_ids.npy", folder / f"{split}_lengths.npy"
     ids = read_integers(ids_path, images, "an id per image") if is_there(ids_path) else np.arange(images)
-    lengths = None
-    if is_there(lengths_path):
-        lengths = read_integers(lengths_path, len(features), "the number of real regions per row")
-        if lengths.min() < 1 or lengths.max() > features.shape[1]:
-            raise misfit(
-                lengths_path, f"numbers of regions from 1 to {features.shape[1]}", f"{lengths.min()} to {lengths.max()}"
-            )
+    lengths = read_lengths(lengths_path, features)
     return Pairs(features, captions, captions_per_image, rows_per_image, ids, lengths, features_path)
 
 

@@ -14,7 +14,9 @@ from torch import Tensor
 
 from hrem_layers.retrieval import RetrievalMetrics
 
-RIGHT, WRONG = "#0072B2", "#D55E00"  # blue and vermilion: told apart by colour-blind eyes too, and marked besides
+IMAGES, TEXTS = "#0072B2", "#D55E00"  # blue and vermilion: told apart by colour-blind eyes too
+# Only few of the many answers can be right, however good the encoders are: those stand out, and the others stay grey.
+RIGHT, WRONG = IMAGES, "0.45"
 CHUNK = 256  # queries whose similarities are held at a time
 CAPTIONS_SHOWN, IMAGES_SHOWN = 3, 6
 
@@ -106,13 +108,13 @@ def draw(
 def draw_losses(axes: Any, history: list[dict[str, Any]], warmup_steps: int) -> None:
     """The plain term and the relational ones apart: their sum would seem to explode where the warm-up ends."""
     epochs = [entry["epoch"] for entry in history]
-    axes.plot(epochs, [entry["base_loss"] for entry in history], marker=".", color=RIGHT, label="plain embeddings")
-    if any(entry["relational_loss"] for entry in history):
-        relational = [entry["relational_loss"] for entry in history]
-        axes.plot(epochs, relational, "--", marker=".", color=WRONG, label="relations")
+    axes.plot(epochs, [entry["base_loss"] for entry in history], marker=".", color=IMAGES, label="plain embeddings")
+    relational = [entry["relational_loss"] or np.nan for entry in history]  # 0: not computed, in the warm-up
+    if not np.isnan(relational).all():
+        axes.plot(epochs, relational, "--", marker=".", color=TEXTS, label="relations")
     if warmup_steps and history:  # the point of epoch e is the mean over its steps, from e - 1/2 to e + 1/2
         end = 0.5 + warmup_steps / history[0]["steps"]
-        axes.axvspan(0.5, min(end, epochs[-1] + 0.5), color="0.9", label="warm-up: relations do not count")
+        axes.axvspan(0.5, min(end, epochs[-1] + 0.5), color="0.9", label="warm-up: no relations yet")
     axes.set(title="training loss", xlabel="epoch", ylabel="mean over steps", ylim=(0, None))
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.legend(fontsize="small")
@@ -120,7 +122,7 @@ def draw_losses(axes: Any, history: list[dict[str, Any]], warmup_steps: int) -> 
 
 def draw_recalls(axes: Any, history: list[dict[str, Any]], chance: float | None) -> None:
     epochs = [entry["epoch"] for entry in history]
-    for name, label, colour in (("i2t", "image to text", RIGHT), ("t2i", "text to image", WRONG)):
+    for name, label, colour in (("i2t", "image to text", IMAGES), ("t2i", "text to image", TEXTS)):
         for k, style in ((1, "-"), (5, "--"), (10, ":")):
             recalls = [entry["dev"][f"{name}_r{k}"] for entry in history]
             axes.plot(epochs, recalls, style, marker=".", color=colour, label=f"{label} R@{k}")
@@ -134,7 +136,7 @@ def draw_recalls(axes: Any, history: list[dict[str, Any]], chance: float | None)
 def draw_positions(axes: Any, to_text: Found, to_image: Found, images: int, texts: int) -> None:
     """R@K for every K, and what a random order gives."""
     k = np.unique(np.geomspace(1, images, 60).astype(int))
-    for found, label, colour in ((to_text, "image to text", RIGHT), (to_image, "text to image", WRONG)):
+    for found, label, colour in ((to_text, "image to text", IMAGES), (to_image, "text to image", TEXTS)):
         axes.plot(k, [100 * np.mean(found.positions <= j) for j in k], color=colour, label=label)
     axes.plot(k, 100 * k / images, color="0.4", linewidth=1, label="text to image at random")
     if texts > images:  # the first of c right ones among all: one minus the chance that all of them stand behind K
@@ -171,7 +173,7 @@ def show_captions(figure: Any, pairs: Pairs, found: Found, pictures: np.ndarray 
 def show_images(figure: Any, pairs: Pairs, found: Found, text_ids: np.ndarray, pictures: np.ndarray | None) -> None:
     """Captions as queries: the true image, and the images found."""
     figure.suptitle(
-        "From a caption to its image (the true one first, in black; then what was found)", fontsize=12, weight="bold"
+        "From a caption to its image (black: the true one; then the answers; right: blue)", fontsize=12, weight="bold"
     )
     chosen = choose(found.positions)
     parts = figure.subfigures(len(chosen), 1)

@@ -132,9 +132,11 @@ def end_epoch(
     run.epoch, run.step, run.loss_sums = run.epoch + 1, 0, dict.fromkeys(run.loss_sums, 0.0)
     run.save(folder, best=is_best)
     curves.epoch(run, metrics)
-    relational = "" if arguments.mechanism == "none" else f" (of relations {loss - base_loss:.3f})"
+    said = f"loss of pairs {base_loss:.3f}"  # the sum would seem to explode where the warm-up ends
+    if arguments.mechanism != "none":
+        said += f", of relations {loss - base_loss:.3f}" if loss != base_loss else ", no relations yet (warm-up)"
     processes.say(
-        f"epoch {run.epoch}/{arguments.epochs}  loss {loss:.3f}{relational}  dev R@1 image to text "
+        f"epoch {run.epoch}/{arguments.epochs}  {said}  dev R@1 image to text "
         f"{metrics.i2t.r1:.1f}, text to image {metrics.t2i.r1:.1f}, rSum {metrics.rsum:.1f}"
         f"{' (best)' if is_best else ''}  {time.perf_counter() - start:.0f} s"
     )

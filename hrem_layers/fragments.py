@@ -17,7 +17,7 @@ from hrem_layers._core.checks import (
 )
 from hrem_layers._core.masked import masked_max_k_mean, masked_mean, zero_padding
 from hrem_layers._core.numerics import module_dtype
-from hrem_layers._core.transformer import LayerFactory, TransformerLayer, make_layers
+from hrem_layers._core.transformer import LayerFactory, TransformerLayer, make_layers, run_layer
 
 
 class FragmentRelation(nn.Module):
@@ -109,7 +109,7 @@ class FragmentRelation(nn.Module):
             # [n, 1, r]: every fragment sees the real ones
             bias = torch.zeros_like(mask, dtype=related.dtype).masked_fill(~mask, -torch.inf).unsqueeze(1)
         for layer in self.layers:
-            related = layer(related, bias)  # [n, r, d]
+            related = run_layer(layer, related, bias)  # [n, r, d]
         pooled = masked_max_k_mean(fragments, mask, self.max_pool_k)  # [n, d]
         mean = masked_mean(related, mask)  # [n, d]
         return (self.beta * pooled + (1 - self.beta) * mean).to(fragments.dtype)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -27,7 +28,7 @@ from hrem_layers._core.checks import (
     check_tensor,
     said,
 )
-from hrem_layers._core.exchange import ALONE, Alone, Exchange
+from hrem_layers._core.exchange import ALONE, Alone, Exchange, check_exchange
 from hrem_layers._core.numerics import autocast_dtype, autocast_off, compute_dtype, module_dtype
 from hrem_layers.alignment import MODES, Scores, align_fragments
 from hrem_layers.alignment.candidates import align_candidates
@@ -197,6 +198,7 @@ class AssociationGraph(nn.Module):
         Raises:
             TypeError, ValueError: an argument has the wrong type, dtype, shape or device.
         """
+        check_exchange(exchange)
         check_embeddings(image_embedding, text_embedding, image_index, "D", empty=False)
         n, m, device = image_embedding.shape[0], text_embedding.shape[0], image_embedding.device
         own = [exchange.own(side, count) for side, count in (("image", n), ("text", m))]
@@ -392,7 +394,8 @@ class AssociationGraph(nn.Module):
         return distance_relevance(cosine, self.sigma, squared=self.squared_distance, dtype=dtype)
 
     def _neighbors(self, count: int) -> int:
-        return max(1, int(count * self.neighbor_ratio))
+        share = count * self.neighbor_ratio
+        return max(1, int(share + 4 * sys.float_info.epsilon * share))  # 0.29 · 100 is 28.999999999999996
 
 
 def _assemble(i2i: Tensor, i2t: Tensor, t2i: Tensor, t2t: Tensor) -> Tensor:

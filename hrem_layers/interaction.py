@@ -12,7 +12,7 @@ from hrem_layers._core.batch import turn_pairs
 from hrem_layers._core.checks import check_bool, check_choice, check_int, check_number, check_same_device, check_tensor
 from hrem_layers._core.neighbors import NeighborBias
 from hrem_layers._core.numerics import l2_normalize, module_dtype
-from hrem_layers._core.transformer import LayerFactory, TransformerLayer, make_layers
+from hrem_layers._core.transformer import LayerFactory, TransformerLayer, make_layers, run_layer
 from hrem_layers.relations import BLOCKS, RelationBlock
 from hrem_layers.relations.sparse import (
     AnyGraph,
@@ -166,7 +166,7 @@ class RelationInteraction(nn.Module):
         nodes = torch.cat([images, texts])  # [n + m, d]
         bias = graph.attention_bias(self.relation_weight)  # [n + m, n + m]
         for layer in self.layers:
-            nodes = layer(nodes, bias)
+            nodes = run_layer(layer, nodes, bias)
         n = images.shape[0]
         return nodes[:n], nodes[n:]
 
@@ -179,10 +179,10 @@ class RelationInteraction(nn.Module):
         for steps in self.layers:
             assert isinstance(steps, nn.ModuleDict)
             images, texts = (
-                steps["i2t"](images, bias["i2t"], texts),
-                steps["t2i"](texts, bias["t2i"], images),
+                run_layer(steps["i2t"], images, bias["i2t"], texts),
+                run_layer(steps["t2i"], texts, bias["t2i"], images),
             )
-            images, texts = steps["i2i"](images, bias["i2i"]), steps["t2t"](texts, bias["t2t"])
+            images, texts = run_layer(steps["i2i"], images, bias["i2i"]), run_layer(steps["t2t"], texts, bias["t2t"])
         return images, texts
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
@@ -88,7 +88,7 @@ class HREMLoss(nn.Module):
     any of float16, bfloat16, float32 and float64: cosines and losses are computed in float32 or better.
 
     Args:
-        embed_dim: D.
+        embed_dim: the size D of an embedding.
         graph: module ``(image_embedding, text_embedding, image_fragments, text_fragments, image_mask, text_mask, *,
             image_index, positives, cosines, exchange) -> RelationGraph`` or :class:`SparseRelationGraph` (take
             ``**_`` for what it has no use for) and, unless ``regularization_weight`` is 0, with a method
@@ -276,8 +276,8 @@ class HREMLoss(nn.Module):
 
         def relate(whole: Batch, exchange: Exchange) -> Relations:
             pairs = self._pairs(whole, exchange)
-            relations = self._relate(pairs, None if pairs.streamed else pair_cosines(*whole[:2]))
-            return relations._replace(graph=_whole(relations.graph))
+            graph = self._graph(pairs, None if pairs.streamed else pair_cosines(*whole[:2]))
+            return Relations(_whole(graph), *self._enhance(whole, graph))
 
         return self._over_all(batch, relate)
 
@@ -307,7 +307,7 @@ class HREMLoss(nn.Module):
         lists = callable(uses_lists) and bool(uses_lists(*(x.shape[0] for x in batch[:2])))
         return Pairs(batch, lists, exchange)
 
-    def _relate(self, pairs: Pairs, cosines: Cosines | None) -> Relations:
+    def _graph(self, pairs: Pairs, cosines: Cosines | None) -> AnyGraph:
         batch = pairs.batch
         v, u = batch.image_embedding, batch.text_embedding
         if not pairs.streamed:
@@ -320,17 +320,21 @@ class HREMLoss(nn.Module):
             v, u, batch.image_fragments, batch.text_fragments, batch.image_mask, batch.text_mask,
             image_index=batch.image_index, exchange=pairs.exchange, **together,
         )  # fmt: skip
-        check_any_graph(graph, v.shape[0], u.shape[0], v.device)
+        return check_any_graph(graph, v.shape[0], u.shape[0], v.device)
+
+    def _enhance(self, batch: Batch, graph: AnyGraph) -> tuple[Tensor, Tensor]:
+        v, u = batch.image_embedding, batch.text_embedding
         enhanced = self.interaction(v, u, graph if self._interaction_shares() else _whole(graph))
         if not isinstance(enhanced, tuple) or len(enhanced) != 2:
             raise TypeError(f"interaction must return (image_enhanced, text_enhanced), got {said(enhanced)}")
         for name, x, like in zip(("image_enhanced", "text_enhanced"), enhanced, (v, u), strict=True):
             check_tensor(f"what interaction returns as {name}", x, tuple(like.shape), device=v.device)
-        return Relations(graph, *(l2_normalize(x.to(compute_dtype(x.dtype))) for x in enhanced))
+        images, texts = (l2_normalize(x.to(compute_dtype(x.dtype))) for x in enhanced)
+        return images, texts
 
     def _interaction_shares(self) -> bool:
         """Whether each process computes its own rows of the enhanced embeddings, given neighbour lists."""
-        return isinstance(self.interaction, RelationInteraction) and self.interaction.takes_lists
+        return bool(getattr(self.interaction, "takes_lists", False))  # of torch.compile(interaction) too
 
     def _terms(self, batch: Batch, exchange: Exchange) -> HREMTerms:
         warming = self.training and self._counter.warming
@@ -344,14 +348,9 @@ class HREMLoss(nn.Module):
 
     def _base_terms(self, batch: Batch, exchange: Exchange) -> HREMTerms:
         base = self._pairs(batch, exchange).loss("pair_loss", self.pair_loss, *batch[:2])
-        total = base
-        if (self.gather_distributed or is_distributed()) and torch.is_grad_enabled():
-            # DistributedDataParallel waits for the gradient of every parameter: zeros, whatever the parameters hold;
-            # with gather_distributed in one process too, so that an optimizer makes the same of it in one and in many
-            reached = (p for p in self.relation_parameters() if p.requires_grad)
-            total = _ReachAll.apply(base, *reached)  # type: ignore[no-untyped-call]
         zero = torch.zeros_like(base)
-        return HREMTerms(total, base, zero, zero, zero, zero)
+        idle = self.graph, self.interaction, self.enhanced_pair_loss, self.cross_pair_loss
+        return HREMTerms(self._reach(base, idle), base, zero, zero, zero, zero)
 
     def _all_terms(self, batch: Batch, exchange: Exchange) -> HREMTerms:
         v, u = batch.image_embedding, batch.text_embedding
@@ -359,20 +358,30 @@ class HREMLoss(nn.Module):
         cosines = None if pairs.streamed else pair_cosines(v, u)
         similarity = None if cosines is None else cosines.across.to(v.dtype)
         base = pairs.loss("pair_loss", self.pair_loss, v, u, similarity)
-        graph, v_enhanced, u_enhanced = self._relate(pairs, cosines)
-        if not self._interaction_shares():  # what it gives was made alike everywhere, and so must its gradient be
-            pairs = pairs._replace(exchange=ALONE)
+        graph = self._graph(pairs, cosines)
         enhanced = cross_image = cross_text = regularization = torch.zeros_like(base)
+        idle: list[object] = []
+        if self.enhanced_weight or self.cross_weight:
+            v_enhanced, u_enhanced = self._enhance(batch, graph)
+            if not self._interaction_shares():  # what it gives was made alike everywhere, and so must its gradient be
+                pairs = pairs._replace(exchange=ALONE)
+        else:
+            idle.append(self.interaction)
         if self.enhanced_weight:
             pair_loss = self.pair_loss if self.enhanced_pair_loss is None else self.enhanced_pair_loss
             enhanced = pairs.loss("enhanced_pair_loss", pair_loss, v_enhanced, u_enhanced)
+        else:
+            idle.append(self.enhanced_pair_loss)
         if self.cross_weight:
             pair_loss = self.pair_loss if self.cross_pair_loss is None else self.cross_pair_loss
             cross_image = pairs.loss("cross_pair_loss", pair_loss, v_enhanced, u)
             cross_text = pairs.loss("cross_pair_loss", pair_loss, v, u_enhanced)
+        else:
+            idle.append(self.cross_pair_loss)
         if self.regularization_weight:
             regularize = cast(Callable[..., Tensor], self.graph.regularization)
-            known = getattr(type(self.graph), "regularization", None) is AssociationGraph.regularization
+            kind = type(getattr(self.graph, "_orig_mod", self.graph))  # what torch.compile(graph) holds
+            known = getattr(kind, "regularization", None) is AssociationGraph.regularization
             regularization = regularize(graph if known else _whole(graph), v, u, cosines=cosines)
             regularization = check_scalar("regularization", regularization, v.device)
         total = (
@@ -381,7 +390,17 @@ class HREMLoss(nn.Module):
             + self.cross_weight * (cross_image + cross_text)
             + self.regularization_weight * regularization
         )
-        return HREMTerms(total, base, enhanced, cross_image, cross_text, regularization)
+        return HREMTerms(self._reach(total, idle), base, enhanced, cross_image, cross_text, regularization)
+
+    def _reach(self, total: Tensor, idle: Iterable[object]) -> Tensor:
+        """``total``, from which every parameter of the ``idle``, which had no part in it, gets a gradient of zero,
+        whatever it holds: DistributedDataParallel waits for the gradients of all. With ``gather_distributed`` in one
+        process too, so that an optimizer makes the same of it in one and in many."""
+        if not (self.gather_distributed or is_distributed()) or not torch.is_grad_enabled():
+            return total
+        parameters = (p for part in idle if isinstance(part, nn.Module) for p in part.parameters())
+        reached: Tensor = _ReachAll.apply(total, *(p for p in parameters if p.requires_grad))  # type: ignore[no-untyped-call]
+        return reached
 
 
 def _default_interaction(embed_dim: int) -> RelationInteraction:

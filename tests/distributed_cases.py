@@ -82,8 +82,8 @@ class Model(nn.Module):
         )
         self.double()
 
-    def forward(self, images: Tensor, texts: Tensor, *rest: Tensor | None) -> Tensor:
-        return self.loss(*self.embed(images, texts, *rest))
+    def forward(self, images: Tensor, texts: Tensor, *rest: Tensor | None, **options: Tensor) -> Tensor:
+        return self.loss(*self.embed(images, texts, *rest), **options)
 
     def embed(
         self, images: Tensor, texts: Tensor, image_mask: Tensor | None, text_mask: Tensor | None, ids: Tensor | None
@@ -151,16 +151,23 @@ def whole(parts: list[tuple[Tensor | None, ...]]) -> tuple[Tensor | None, ...]:
     return images, texts, image_mask, text_mask, ids
 
 
-def check_equal(rank: int, parts: list[tuple[Tensor | None, ...]], **options: object) -> None:
+def check_equal(
+    rank: int, parts: list[tuple[Tensor | None, ...]], *, indices: list[Tensor] | None = None, **options: object
+) -> None:
     """Loss, and gradients after DDP's averaging, against one process on the concatenated batch."""
+    own, joined = {}, {}
+    if indices is not None:  # of the images of each process
+        firsts = [sum(len(part[0]) for part in parts[:place]) for place in range(len(parts))]
+        own = {"image_index": indices[rank]}
+        joined = {"image_index": torch.cat([x + first for x, first in zip(indices, firsts, strict=True)])}
     expected = Model(gather=False, **options)
     torch.manual_seed(3)
-    expected_loss = expected(*whole(parts))
+    expected_loss = expected(*whole(parts), **joined)
     expected_loss.backward()
     model = Model(gather=True, **options)
     wrapped = nn.parallel.DistributedDataParallel(model)
     torch.manual_seed(3 + 100 * rank)  # rank 0's numbers are to be those of one process
-    loss = wrapped(*parts[rank])
+    loss = wrapped(*parts[rank], **own)
     loss.backward()
     compare(model, expected, loss, expected_loss)
 
@@ -241,6 +248,45 @@ def equal_on_lists_with_an_empty_rank(rank: int, world: int) -> None:
     parts[-1] = tuple(None if x is None else x[:0] for x in parts[-1])
     check_equal(rank, parts, detach_fragments=False, candidates=2)
     check_equal(rank, parts, candidates=2, mechanism="standalone", warmup_steps=0)
+
+
+@case
+def equal_with_several_texts_per_image(rank: int, world: int) -> None:
+    """Of unequal shares: images with several texts, in any order, and with none; in the end a process without texts."""
+    parts = ragged(world)
+    indices = [torch.tensor(x) for x in ([2, 0, 0, 2, 3], [2, 0], [1, 1, 1])][:world]
+    for place, index in enumerate(indices):
+        images, texts, image_mask, text_mask, ids = parts[place]
+        texts = texts[index] * (1 + torch.arange(len(index)).view(-1, 1, 1))
+        parts[place] = images, texts, image_mask, None if text_mask is None else text_mask[index], ids
+    check_equal(rank, parts, indices=indices, detach_fragments=False, exclude_positives=True)
+    check_equal(rank, parts, indices=indices, mechanism="standalone", candidates=2, pair_loss="infonce")
+    parts[1] = tuple(x if place in (0, 2, 4) else None if x is None else x[:0] for place, x in enumerate(parts[1]))
+    indices[1] = indices[1][:0]
+    check_equal(rank, parts, indices=indices, pair_loss="distance_weighted")
+    check_equal(rank, parts, indices=indices, candidates=2, detach_fragments=False)
+
+
+@case
+def every_parameter_gets_a_gradient_in_every_phase(rank: int, world: int) -> None:
+    """DDP waits for all: also for those of the terms that warm-up and weights of 0 leave out."""
+    parts = even(world)
+    learnable = {f"{name}_pair_loss": InfoNCELoss(learnable=True) for name in ("enhanced", "cross")}
+    for options in (
+        {"warmup_steps": 1, **learnable},
+        {"enhanced_weight": 0, "cross_weight": 0, **learnable},
+        {"enhanced_weight": 0, "cross_weight": 0, "regularization_weight": 0, **learnable},
+        {"cross_weight": 0, "regularization_weight": 0, **learnable},
+    ):
+        for gather in (False, True):
+            model = Model(gather=gather)
+            interaction = RelationInteraction(EMBED, num_heads=2)
+            model.loss = HREMLoss(EMBED, interaction=interaction, gather_distributed=gather, **options).double()
+            wrapped = nn.parallel.DistributedDataParallel(model)
+            for _ in range(3):  # an error comes with the next step
+                wrapped.zero_grad()
+                wrapped(*parts[rank]).backward()
+                assert all(p.grad is not None for p in model.parameters()), options
 
 
 @case
@@ -420,14 +466,17 @@ def equal_under_fsdp2(rank: int, world: int) -> None:
 @case
 def equal_under_compile(rank: int, world: int) -> None:
     parts = ragged(world)
-    expected, model = Model(gather=False, detach_fragments=False), Model(gather=True, detach_fragments=False)
-    wrapped = nn.parallel.DistributedDataParallel(model)
-    model.loss.compile(backend="aot_eager")
-    loss, expected_loss = wrapped(*parts[rank]), expected(*whole(parts))
-    loss.backward()
-    expected_loss.backward()
-    compare(model, expected, loss, expected_loss)
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 1  # it did not just run eagerly
+    for candidates in (None, 2):
+        options = {"detach_fragments": False, "candidates": candidates}
+        expected, model = Model(gather=False, **options), Model(gather=True, **options)
+        wrapped = nn.parallel.DistributedDataParallel(model)
+        torch._dynamo.reset()
+        model.loss.compile(backend="aot_eager")
+        loss, expected_loss = wrapped(*parts[rank]), expected(*whole(parts))
+        loss.backward()
+        expected_loss.backward()
+        compare(model, expected, loss, expected_loss)
+        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 1  # it did not just run eagerly
 
 
 @contextlib.contextmanager

@@ -35,7 +35,7 @@ def generator(seed: int) -> torch.Generator:
 
 
 def random_mask(n: int, width: int, seed: int, *, at_least: int = 1) -> Tensor:
-    """(n, width) bool, True in any places, at least so many a row; the rows differ in number."""
+    """(n, width) bool, True in any places, at least so many per row; the rows differ in number."""
     g = generator(seed)
     counts = torch.randint(at_least, width + 1, (n, 1), generator=g)
     places = torch.rand(n, width, generator=g).argsort(dim=1)

@@ -164,6 +164,7 @@ CONSTRUCTORS = [
     *flags(hrem_loss, "gather_distributed"),
     (hrem_loss, {"graph": 3}, TypeError, "graph", "torch.nn.Module", "int"),
     (hrem_loss, {"graph": AssociationGraph}, TypeError, "graph", "torch.nn.Module", "type"),
+    (build_graph, {"exchange": None}, TypeError, "exchange", "ALONE", "NoneType"),
     (hrem_loss, {"graph": torch.nn.Identity()}, TypeError, "graph", "method regularization", "Identity"),
     (hrem_loss, {"interaction": RelationInteraction(32)}, ValueError, "interaction", "embed_dim 16", "32"),
     (hrem_loss, {"interaction": "fusion"}, TypeError, "interaction", "torch.nn.Module", "str"),

@@ -23,10 +23,15 @@ ELSEWHERE = {
 EXTRAS = {"accelerate", "PIL", "datasets", "faiss", "gradio", "lightning", "matplotlib", "torchmetrics", "transformers"}
 
 
+BLOCK = r"^```python\n(.*?)^```(?:\n+(?:[^\n`]+\n\n)?```text\n(.*?)^```)?"
+
+
 class Block(NamedTuple):
     page: Path
     line: int
     code: str
+    printed: str
+    """What the page shows of its output: a block ``text`` right after it; ``...`` stands for lines left out."""
 
     def __str__(self) -> str:
         return f"{self.page.relative_to(ROOT)}:{self.line}"
@@ -37,12 +42,14 @@ def blocks() -> Iterator[Block]:
         if page.name in ELSEWHERE or "recipes" in page.parts:
             continue
         text = page.read_text(encoding="utf-8")
-        for match in re.finditer(r"^```python\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE):
-            yield Block(page, text[: match.start()].count("\n") + 1, match[1])
+        for match in re.finditer(BLOCK, text, flags=re.DOTALL | re.MULTILINE):
+            yield Block(page, text[: match.start()].count("\n") + 1, match[1], match[2] or "")
 
 
 @pytest.mark.parametrize("block", list(blocks()), ids=str)
-def test_every_block_runs_by_itself(block: Block, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_block_runs_by_itself(
+    block: Block, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.chdir(tmp_path)
     code = compile("\n" * block.line + block.code, str(block.page), "exec")
     try:
@@ -51,6 +58,9 @@ def test_every_block_runs_by_itself(block: Block, tmp_path: Path, monkeypatch: p
         if error.name is not None and error.name.split(".")[0] in EXTRAS:
             pytest.skip(f"needs {error.name}")
         raise
+    printed = capsys.readouterr().out
+    for part in block.printed.split("...\n"):
+        assert part in printed, part
 
 
 def test_pages_that_are_run_elsewhere_are() -> None:
@@ -63,6 +73,7 @@ def test_pages_that_are_run_elsewhere_are() -> None:
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_links_lead_somewhere(page: Path) -> None:
     text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+    assert not re.search(r"\[[\w/.-]+\.md\]\(", text), "a link says what is there, not in which file"
     for target, anchor in re.findall(r"\]\((?!\w+:)([^)#\s]*)(?:#([^)\s]+))?\)", text):
         other = (page.parent / target).resolve() if target else page
         assert other.exists(), target
@@ -94,6 +105,12 @@ def test_names_of_the_library_exist(page: Path) -> None:
         accepted = inspect.signature(known).parameters
         for option in re.findall(r"(\w+)=", options):
             assert option in accepted, f"{name}({option}=...)"
+
+
+def test_each_file_of_the_script_is_on_its_page() -> None:
+    page = (ROOT / "docs" / "script.md").read_text(encoding="utf-8")
+    files = {path.name for path in (ROOT / "examples").glob("*.py")} - {"minimal.py"}  # which has a page of its own
+    assert not [name for name in sorted(files) if f"`{name}`" not in page]
 
 
 def resolve(name: str) -> object:

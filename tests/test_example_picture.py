@@ -111,6 +111,16 @@ def test_best_typical_and_worst_are_what_they_say(count: int) -> None:
     assert max(by_kind["best"]) <= min(by_kind["worst"]) or count < 4
 
 
+def test_relations_are_drawn_from_the_end_of_the_warmup() -> None:
+    from matplotlib.figure import Figure
+
+    history = [{"epoch": i + 1, "steps": 3, "base_loss": 2.0, "relational_loss": x} for i, x in enumerate((0.0, 4.0))]
+    axes = Figure().subplots()
+    picture.draw_losses(axes, history, warmup_steps=3)
+    relations = axes.lines[1].get_ydata()
+    assert np.isnan(relations[0]) and relations[1] == 4
+
+
 def test_the_picture_says_whose_the_art_is_and_what_chance_is(data: Path, tmp_path: Path, monkeypatch) -> None:
     import matplotlib.pyplot as plt
 

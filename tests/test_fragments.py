@@ -116,7 +116,7 @@ def test_gradcheck(masked):
     assert torch.autograd.gradcheck(with_parameters, tuple(module.parameters()), fast_mode=True)
 
 
-def test_defaults_are_those_of_the_contract():
+def test_defaults():
     module = FragmentRelation(32)
     assert (module.beta, module.max_pool_k, len(module.layers)) == (0.8, 2, 1)
     layer = module.layers[0]

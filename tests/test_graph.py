@@ -75,7 +75,17 @@ def test_connection_and_relevance(n, r, w, seed, ratio, sigma, squared, mode, to
 
 
 @pytest.mark.parametrize(
-    ("n", "ratio", "k"), [(1, 0.01, 1), (1, 1.0, 1), (5, 0.1, 1), (7, 0.5, 3), (8, 0.5, 4), (10, 0.99, 9), (6, 1.0, 6)]
+    ("n", "ratio", "k"),
+    [
+        (1, 0.01, 1),
+        (1, 1.0, 1),
+        (5, 0.1, 1),
+        (7, 0.5, 3),
+        (8, 0.5, 4),
+        (10, 0.99, 9),
+        (6, 1.0, 6),
+        (50, 0.58, 29),
+    ],  # 28.999999999999996 in floating point
 )
 def test_how_many_neighbors(n, ratio, k):
     graph = graph_module(neighbor_ratio=ratio)(**graph_inputs(n=n, dtype=DOUBLE))

@@ -172,6 +172,6 @@ def test_order_of_the_batch():
     assert_near(loss(s.t(), positives.t()), loss(s, positives), 1e-12)
 
 
-def test_defaults_are_those_of_the_contract():
+def test_defaults():
     loss = InfoNCELoss()
     assert (loss.temperature, loss.learnable, loss.reduction) == (0.07, False, "mean")

@@ -10,7 +10,7 @@ from support import assert_near, generator, gradients
 from torch import nn
 from torch.nn.functional import normalize
 
-from hrem_layers import RelationGraph, RelationInteraction, TransformerLayer
+from hrem_layers import FragmentRelation, RelationGraph, RelationInteraction, TransformerLayer
 
 DOUBLE, D, HEADS, N = torch.float64, 8, 2, 5
 MECHANISMS = ("fusion", "standalone")
@@ -214,7 +214,7 @@ def test_images_depend_on_texts_only_through_edges():
     assert not u_grad.any()
 
 
-def test_defaults_are_those_of_the_contract():
+def test_defaults():
     module = RelationInteraction(32)
     assert (module.mechanism, module.relation_weight, len(module.layers)) == ("fusion", 1.0, 1)
     layer = module.layers[0]
@@ -298,6 +298,20 @@ def test_a_factory_that_is_none_is_refused():
     for bad, error in ((one, TypeError), (lambda: 3, TypeError), (lambda: one, ValueError), ("gelu", TypeError)):
         with pytest.raises(error, match="layer must"):
             RelationInteraction(D, num_layers=2, layer=bad)
+
+
+@pytest.mark.parametrize("change", [lambda x: (x, None), lambda x: x.mean(-2, keepdim=True), lambda x: x[..., :1]])
+def test_what_a_layer_returns_is_checked(change):
+    class Changed(nn.Module):
+        def forward(self, x, bias=None, context=None):
+            return change(x)
+
+    graph = RelationGraph(torch.ones(2 * N, 2 * N, dtype=torch.bool), torch.zeros(2 * N, 2 * N))
+    for mechanism in ("fusion", "standalone"):
+        with pytest.raises((TypeError, ValueError), match="what layer returns must"):
+            RelationInteraction(D, mechanism=mechanism, layer=Changed)(torch.randn(N, D), torch.randn(N, D), graph)
+    with pytest.raises((TypeError, ValueError), match="what layer returns must"):
+        FragmentRelation(D, layer=Changed)(torch.randn(N, 3, D))
 
 
 def test_excluded_pairs_do_not_meet_over_a_third_node():

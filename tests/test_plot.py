@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 
 from hrem_layers import AssociationGraph, HREMLoss, RelationGraph
 from hrem_layers.tools import plot
-from hrem_layers.tools.plot.style import LINES, SEQUENTIAL
+from hrem_layers.tools.plot.style import LINES, ON_WHITE, SEQUENTIAL
 
 N, M, D = 5, 8, 16
 INDEX = torch.tensor([0, 0, 1, 2, 2, 3, 4, 4])
@@ -186,6 +186,9 @@ def lightness(colour: np.ndarray) -> float:
 def test_colours_keep_their_order_in_grey_and_lines_differ_without_colour() -> None:
     steps = [lightness(np.array(colormaps[SEQUENTIAL](x)[:3])) for x in np.linspace(0, 1, 20)]
     assert steps == sorted(steps) and steps[-1] - steps[0] > 50
+    on_white = [lightness(np.array(colormaps[ON_WHITE](x)[:3])) for x in np.linspace(0, 1, 20)]
+    assert on_white == steps[::-1]  # no edge, white, is nearer to the weakest than to the strongest
+    assert all(image.get_cmap().name == ON_WHITE for image in plot.plot_graph(graph()).axes[1].images)
     assert len({str(dashes) for _, dashes, _ in LINES}) == len({marker for *_, marker in LINES}) == len(LINES)
 
 

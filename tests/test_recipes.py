@@ -111,6 +111,19 @@ def test_clip(recipe: str, kind: str, pictures: Path, tmp_path: Path, monkeypatc
     assert not any("loss" in name or "graph" in name for name in again.state_dict())
 
 
+@pytest.mark.parametrize(
+    ("recipe", "options"), [("clip_trainer", ["--train", "x", "--test", "x"]), ("lightning_ddp", ["x"])]
+)
+def test_a_batch_is_made_of_whole_neighbourhoods(
+    recipe: str, options: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("accelerate" if recipe == "clip_trainer" else "lightning")
+    monkeypatch.syspath_prepend(RECIPES)
+    with pytest.raises(SystemExit):
+        runpy.run_path(str(RECIPES / f"{recipe}.py"))["main"]([*options, "--batch-size", "6"])
+    assert "--batch-size must be a multiple of 4" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("vectors", [False, True], ids=["regions", "one vector per image"])
 def test_vse_infinity(vectors: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = write_folder(tmp_path / "data", train=96, test=24, regions=4, repeat=())

@@ -153,7 +153,7 @@ def test_no_encoders(tmp_path: Path, content: bytes | None) -> None:
 def test_encoders_that_lack_something(trained: Path, tmp_path: Path, key: str, value: object) -> None:
     save_encoders(tmp_path / "x.pt", load_encoders(trained / "best.pt"))
     checkpoint.save(tmp_path / "x.pt", {**checkpoint.load(tmp_path / "x.pt"), key: value})
-    with pytest.raises(checkpoint.Damaged, match=rf"x\.pt: key '{'format' if key == 'encoders' else key}': "):
+    with pytest.raises(checkpoint.Damaged, match=rf"x\.pt: key '{key}': "):
         load_encoders(tmp_path / "x.pt")
 
 
@@ -193,7 +193,7 @@ def test_a_picture_finds_itself(searcher: Searcher, pictures: Path, form: str) -
 
 
 def test_unknown_words_are_said(searcher: Searcher) -> None:
-    found = searcher.words("a red flibber, mostly Quux")
+    found = searcher.words("a red flibber, mostly Quux flibber")
     assert found.unknown == ["flibber", "mostly", "quux"]
     assert repr(found).startswith("not known: flibber, mostly, quux\n")
     with pytest.raises(ValueError, match="none of these words is known: flibber, quux"):
@@ -262,6 +262,45 @@ def test_a_file_of_features(on_features: tuple[Path, Path], tmp_path: Path) -> N
     np.save(data / "dev_pictures.npy", np.full((30, 8, 8, 3), 7, np.uint8))
     assert np.asarray(thumbnail(searcher.items[1])).max() == 7
     assert len(searcher.words("dog", top=3).sheet().getcolors(1 << 20)) > 2
+
+
+def test_of_a_row_the_padding_is_no_region(on_features: tuple[Path, Path], tmp_path: Path) -> None:
+    regions = np.load(on_features[0] / "test_ims.npy")[::5]
+    regions[1, 2:] = 0
+    np.save(tmp_path / "test_ims.npy", regions)
+    np.save(tmp_path / "test_lengths.npy", np.array([2 if i == 1 else regions.shape[1] for i in range(len(regions))]))
+    assert [len(x) for x in Collection(tmp_path / "test_ims.npy")][:2] == [regions.shape[1], 2]
+    np.save(tmp_path / "test_lengths.npy", np.zeros(len(regions), np.int64))
+    with pytest.raises(ValueError, match=r"test_lengths\.npy"):
+        list(Collection(tmp_path / "test_ims.npy"))
+
+
+def test_the_script_takes_encoders_alone(on_features: tuple[Path, Path], tmp_path: Path) -> None:
+    data, trained = on_features
+    save_encoders(tmp_path / "encoders.pt", load_encoders(trained))
+    for name, path in (("kept", tmp_path / "encoders.pt"), ("best", trained)):
+        options = ["--data-dir", str(data), "--output-dir", str(tmp_path / name), "--device", "cpu"]
+        flickr30k.main(["--eval-only", str(path), *options])
+    kept, best = (json.loads((tmp_path / name / "metrics.json").read_text())["test"] for name in ("kept", "best"))
+    assert kept == best
+    with pytest.raises(SystemExit, match=r"encoders\.pt holds encoders without the loss: give the --data-dir"):
+        flickr30k.main(["--eval-only", str(tmp_path / "encoders.pt"), "--device", "cpu"])
+
+
+def test_encoders_for_pictures_are_trained_like_those_of_the_default_data(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import train as for_pictures
+    from options import DEMO, parse_arguments
+
+    pytest.importorskip("emoji_pairs")
+    given: list[list[str]] = []
+    monkeypatch.setattr(flickr30k, "main", given.append)
+    monkeypatch.setattr("emoji_pairs.prepare_emoji_pairs", lambda cache: tmp_path)
+    (tmp_path / "word_vectors.npz").touch()
+    for_pictures.main(["--lr", "1"])
+    arguments = parse_arguments(given[0])
+    assert {key: getattr(arguments, key) for key in DEMO} == {**DEMO, "lr": 1.0} and arguments.data_dir == tmp_path
 
 
 def test_a_folder_of_features(on_features: tuple[Path, Path], tmp_path: Path) -> None:

@@ -409,6 +409,14 @@ def test_loss_compiles_as_one_graph(mechanism):
         torch.testing.assert_close(ours[name], theirs[name], rtol=1e-9, atol=1e-12)
 
 
+def test_compiled_parts_are_known_for_what_they_are(monkeypatch):
+    """Not asked for the rows of all processes, as a module of the caller's own is."""
+    monkeypatch.setattr("hrem_layers.loss._whole", lambda graph: pytest.fail("taken for another module"))
+    parts = AssociationGraph(topk=3, candidates=2), RelationInteraction(16, num_heads=2)
+    graph, interaction = (torch.compile(part, backend="eager") for part in parts)
+    HREMLoss(16, graph=graph, interaction=interaction)(**graph_inputs(n=5))
+
+
 @pytest.mark.parametrize("pair_loss", [TripletLoss(), InfoNCELoss(), lambda s, p: s.masked_fill(p, 0).exp().mean()])
 def test_no_tensor_is_as_large_as_all_pairs_unless_the_pair_loss_asks_for_it(pair_loss, monkeypatch):
     """Nothing that autograd sees; what the operators hold inside, a chunk, is tested apart."""

@@ -319,7 +319,7 @@ def test_half_types_are_computed_in_float32(choice, dtype):
     assert torch.isfinite(half.grad).all()
 
 
-def test_defaults_are_those_of_the_contract():
+def test_defaults():
     loss = TripletLoss()
     assert (loss.margin, loss.negative_sampling, loss.cutoff) == (0.2, "distance_weighted", 0.5)
     assert (loss.nonzero_cutoff, loss.weight_dim, loss.reduction) == (1.7, 512, "sum")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -38,6 +39,9 @@ def test_the_notebook_runs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
         if cell["cell_type"] == "code":
             figures += hasattr(maker().run_cell("".join(cell["source"]), namespace), "savefig")
     printed = capsys.readouterr().out
+    page = (DOCS / "tutorial.md").read_text(encoding="utf-8")
+    for shown in re.findall(r"^```text\n(.*?)^```", page, flags=re.DOTALL | re.MULTILINE):
+        assert shown.removesuffix("...\n") in printed, shown
     assert figures == 4
     assert "matplotlib.pyplot" not in sys.modules or not sys.modules["matplotlib.pyplot"].get_fignums()
     assert namespace["history"][-1]["base"] < 0.4 * namespace["history"][0]["base"]

@@ -77,7 +77,7 @@ def mutants() -> str:
         part = row["file"].removeprefix("hrem_layers/").split("/")[0]
         counts = parts.setdefault(part, [0, 0, 0])
         reason = judged.get((row["file"], row["function"], row["mutation"]))
-        place = f"`{row['file'].removeprefix('hrem_layers/')}`, {row['function']}: `{row['mutation']}`"
+        place = f"`{row['file'].removeprefix('hrem_layers/')}`, `{row['function'] or 'module'}`: `{row['mutation']}`"
         if row["killed_by"]:
             counts[0] += 1
         elif reason:

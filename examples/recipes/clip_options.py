@@ -21,7 +21,10 @@ def parse(description: str | None, argv: list[str] | None) -> argparse.Namespace
     parser.add_argument("--relation-lr", type=float, default=1e-4, help="the relation modules start from nothing")
     parser.add_argument("--warmup-steps", type=int, default=100, help="steps on the pair loss alone")
     parser.add_argument("--accumulate", type=int, default=1, help="batches per optimizer step; a graph sees one batch")
-    return parser.parse_args(argv)
+    options = parser.parse_args(argv)
+    if options.batch_size < 4 or options.batch_size % 4:
+        parser.error(f"--batch-size must be a multiple of 4, the pictures of a neighbourhood, got {options.batch_size}")
+    return options
 
 
 def parameter_groups(pair: RelationalPair, lr: float, relation_lr: float) -> list[dict[str, Any]]:

@@ -90,7 +90,8 @@ class Retrieval(lightning.LightningModule):
         self.metric.update(v, u, image_ids, caption_ids)
 
     def on_validation_epoch_end(self) -> None:
-        self.log_dict({f"val/{name}": value for name, value in self.metric.compute().items()})  # the same everywhere
+        found = self.metric.compute()  # the same everywhere; Lightning would warn without sync_dist
+        self.log_dict({f"val/{name}": value for name, value in found.items()}, sync_dist=True)
         self.metric.reset()
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
@@ -110,6 +111,8 @@ def main(argv: list[str] | None = None) -> float:
     parser.add_argument("--warmup-steps", type=int, default=100)
     parser.add_argument("--output-dir", type=Path, default=Path("runs/lightning"))
     options = parser.parse_args(argv)
+    if options.batch_size < 4 or options.batch_size % 4:
+        parser.error(f"--batch-size must be a multiple of 4, the images of a neighbourhood, got {options.batch_size}")
 
     lightning.seed_everything(0)
     data = Data(options.folder, options.batch_size, options.devices)

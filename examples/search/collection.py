@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 from data_files import Features, load_array
+from pair_data import read_lengths
 from pictures import SUFFIXES, TILE, feature_maps, find_pictures, open_picture
 from PIL import Image
 
@@ -29,7 +30,8 @@ class Collection:
     why, a line each.
 
     ``source`` is a folder of pictures, one of ``.npy`` files (R, F), one per image, or an ``.npy`` file (images, R, F).
-    Of that file rows equal to the row before are left out: some distributions repeat each image once per caption.
+    Of that file rows equal to the row before are left out: some distributions repeat each image once per caption; and
+    of a row only as many regions count as ``*_lengths.npy`` beside it says, if there is one.
 
     Raises:
         ValueError: there is nothing to encode.
@@ -55,12 +57,13 @@ class Collection:
             raise ValueError(f"nothing could be read: {'; '.join(self.left_out[:3])}")
 
     def _of_rows(self, features: Features, source: Path) -> Iterator[np.ndarray]:
+        lengths = read_lengths(beside_it(source, "lengths"), features)
         for i in range(len(features)):
             if i and np.array_equal(features.array[i], features.array[i - 1]):
                 self.left_out.append(f"row {i}, which repeats the row before it")
                 continue
             self.items.append(Item(str(source), i))
-            yield features.row(i)
+            yield features.row(i) if lengths is None else features.row(i)[: lengths[i]]
 
     def _of_pictures(self, paths: list[Path]) -> Iterator[Image.Image]:
         for path in paths:
@@ -78,12 +81,17 @@ class Collection:
             yield load_array(path)
 
 
+def beside_it(features: Path, what: str) -> Path:
+    """Of ``test_ims.npy`` the file ``test_{what}.npy``, which need not exist."""
+    return features.with_name(f"{features.stem.removesuffix('_ims')}_{what}.npy")
+
+
 def thumbnail(item: Item) -> Image.Image | None:
     """From the picture; of features from the picture of the same name beside them, or ``*_pictures.npy``."""
     path = Path(item.file)
     if item.row >= 0:
-        pictures = path.with_name(path.name.replace("_ims.npy", "_pictures.npy"))
-        if pictures == path or not pictures.is_file():
+        pictures = beside_it(path, "pictures")
+        if not pictures.is_file():
             return None
         array = load_array(pictures, mmap_mode="r")
         return Image.fromarray(np.asarray(array[item.row])) if item.row < len(array) else None

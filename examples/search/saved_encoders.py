@@ -21,7 +21,6 @@ from text_tokens import UNKNOWN, Vocabulary, words
 from torch import Tensor, nn
 
 BATCH = 64
-KEPT = ("text_encoder", "embed_dim", "num_heads", "bert")  # of the options: what the encoders are made from
 
 
 class Encoders:
@@ -35,7 +34,9 @@ class Encoders:
     """
 
     def __init__(self, state: dict[str, Any], path: Path, bert: str | None = None) -> None:
-        self.arguments = {key: state["arguments"][key] for key in KEPT} | ({} if bert is None else {"bert": bert})
+        self.arguments = {key: state["arguments"][key] for key in authors_checkpoint.KEPT}
+        if bert is not None:
+            self.arguments["bert"] = bert
         self.vocabulary: list[str] = state["vocabulary"]
         self.weights = {k: x for k, x in state["model"].items() if k.startswith(authors_checkpoint.ENCODERS)}
         size_of = checkpoint_checks.size_of
@@ -63,11 +64,11 @@ class Encoders:
         return self._run(self.text_encoder, (torch.tensor(self.encode(text, None)) for text in texts))
 
     def unknown(self, text: str) -> list[str]:
-        """The words of ``text`` that the text encoder cannot tell from one another, in their order."""
+        """The words of ``text`` that the text encoder cannot tell from one another, in their order, each once."""
         if isinstance(self.encode, Vocabulary):
-            return [word for word in words(text) if self.encode(word, None) == [UNKNOWN]]
+            return [word for word in dict.fromkeys(words(text)) if self.encode(word, None) == [UNKNOWN]]
         unknown = self.encode.tokenizer.unk_token_id
-        return [word for word in text.split() if unknown in self.encode(word, None)]
+        return [word for word in dict.fromkeys(text.split()) if unknown in self.encode(word, None)]
 
     def knows(self, text: str) -> bool:
         """Whether the text encoder can tell ``text`` from any other of unknown words."""
@@ -81,7 +82,7 @@ class Encoders:
         if features.ndim != 2 or features.shape[1] != self.feature_dim or not len(features):
             raise ValueError(
                 f"these encoders take (regions, {self.feature_dim}) features per image, got {features.shape}: "
-                "encode what the network gives that they were trained on"
+                "encode what they were trained on (pictures: with encoders of examples/search/train.py)"
             )
         return torch.from_numpy(np.asarray(features, dtype=np.float32))
 
@@ -118,8 +119,5 @@ def load_encoders(path: Path, bert: str | None = None) -> Encoders:
         FileNotFoundError, ValueError: there is no such file, or it is damaged or another kind of file.
     """
     state = authors_checkpoint.load_any(path, path)
-    if state.get("encoders") == 1:
-        checkpoint_checks.check_encoders(path, state, KEPT)
-    else:
-        checkpoint_checks.check(path, state, to_go_on=False)
+    checkpoint_checks.check(path, state, to_go_on=False)
     return Encoders(state, path, bert)

@@ -1,7 +1,7 @@
 """Search your own pictures in words or by picture, with the encoders that the script has trained.
 
-python examples/search/search.py INDEX --of ~/Pictures --encoders runs/emoji/best.pt    # encode, once
-python examples/search/search.py INDEX "a red car" --sheet found.png                    # ask
+python examples/search/search.py INDEX --of ~/Pictures --encoders runs/pictures/best.pt    # encode, once
+python examples/search/search.py INDEX "a red car" --sheet found.png                       # ask
 python examples/search/search.py INDEX --picture car.jpg
 python examples/search/search.py INDEX --serve                                          # a page in the browser
 """

@@ -12,8 +12,8 @@ from torch.autograd.function import once_differentiable
 
 from hrem_layers._core.numerics import autocast_off, compute_dtype
 
-# Attention weights that are held at one time on a CPU (8 MB of float32)
-_WEIGHTS_AT_ONCE = 2**21
+# Attention weights that are held at one time on a CPU (2 MB of float32)
+_WEIGHTS_AT_ONCE = 2**19
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, dropout: float) -> Tensor:

@@ -11,6 +11,8 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from hrem_layers._core.checks import said
+
 
 class Exchange(Protocol):
     """``side`` is ``"image"`` or ``"text"``; rows lie in the order of the processes.
@@ -114,6 +116,11 @@ class Alone:
 
 
 ALONE: Exchange = Alone()
+
+
+def check_exchange(exchange: object) -> None:
+    if not callable(getattr(exchange, "own", None)):
+        raise TypeError(f"exchange must be a hrem_layers.Exchange, ALONE for one process, got {said(exchange)}")
 
 
 class Rows(NamedTuple):

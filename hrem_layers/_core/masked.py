@@ -38,16 +38,16 @@ def masked_max_k_mean(x: Tensor, mask: Tensor | None, k: int) -> Tensor:
     if mask is not None:
         wide = zero_padding(wide, mask)
     with torch.no_grad():
-        ranked = wide if mask is None else wide.masked_fill(~mask.unsqueeze(-1), -torch.inf)
-        largest = ranked.topk(k, dim=1).values  # [n, k, d]
+        values = wide if mask is None else wide.masked_fill(~mask.unsqueeze(-1), -torch.inf)
+        largest = values.topk(k, dim=1).values  # [n, k, d]
         if mask is None:
             last, taken = largest[:, -1:], torch.full((1, 1, 1), k, device=x.device)
         else:
             taken = mask.sum(dim=1).clamp(max=k).view(-1, 1, 1)  # [n, 1, 1]
             last = largest.gather(1, (taken - 1).clamp(min=0).expand(-1, 1, x.shape[2]))  # [n, 1, d]
         tolerance = tie_tolerance(wide.dtype) * last.abs()
-        above = ranked > last + tolerance
-        tied = (ranked - last).abs() <= tolerance  # -inf - -inf is NaN: padding ties with nothing
+        above = values > last + tolerance
+        tied = (values - last).abs() <= tolerance  # -inf - -inf is NaN: padding ties with nothing
         if mask is not None:
             tied &= mask.unsqueeze(-1)
         above, tied = above.to(wide.dtype), tied.to(wide.dtype)

@@ -210,3 +210,8 @@ def make_layers(factory: LayerFactory | None, count: int, default: LayerFactory)
     if len({id(layer) for layer in made}) < count:
         raise ValueError("layer must make a new module at every call, but made the same one twice")
     return made
+
+
+def run_layer(layer: nn.Module, x: Tensor, *rest: object) -> Tensor:
+    """``layer(x, *rest)``; TypeError or ValueError unless it has the shape of ``x``, as a caller's own may not."""
+    return check_tensor("what layer returns", layer(x, *rest), tuple(x.shape), device=x.device)

@@ -99,7 +99,7 @@ def fragments_grad(grad_rows: Tensor, side: Side, fragments: Tensor) -> Tensor:
     n, width, d = fragments.shape
     if side.inverse_norm is not None:  # x̂ = x / ‖x‖: (g − x̂ <x̂, g>) / ‖x‖
         rows = side.rows.to(grad_rows.dtype)
-        along = torch.bmm(rows.unsqueeze(1), grad_rows.unsqueeze(2)).squeeze(2)  # a dot product a row
+        along = torch.bmm(rows.unsqueeze(1), grad_rows.unsqueeze(2)).squeeze(2)  # a dot product per row
         grad_rows.addcmul_(rows, along, value=-1).mul_(side.inverse_norm)
     grad_rows = grad_rows.to(fragments.dtype)
     if side.source is not None:

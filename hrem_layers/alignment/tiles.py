@@ -88,24 +88,30 @@ def score_all(
 
     ``kept`` (any length) is filled with similarities for backward, as far as it reaches.
     """
-    images, texts = _sides(image_fragments, text_fragments, image_mask, text_mask, setting)
     i, t, k = image_fragments.shape[0], text_fragments.shape[0], setting.topk
+    texts = _side(text_fragments, text_mask, setting)
     wide = compute_dtype(setting.dtype)
     shapes = (t, i), (t, i), (t, i, k), (t, i, k)
     out = PairScores(*(torch.zeros(shape, dtype=wide, device=kept.device) for shape in shapes))
     store = _Store(kept, filled=False)
-    for tile in _tiles(images, texts, image_fragments, text_fragments, setting):
-        x, _ = store.take(tile)
-        _product(images, texts, tile, x)
-        activate_(x, setting.mode)
-        best = tile.maxima(x)
-        for text_run, image_run, block in tile.blocks(x):
-            masks = _mask_of(texts, text_run), _mask_of(images, image_run)
-            block_maxima(block, *masks, tile.window(best, text_run, image_run), mode=setting.mode)
-        real = _real_of(texts, tile.text_runs), _real_of(images, tile.image_runs)
-        block_pool(best, *real, out.window(tile.texts(), tile.images()))
+    for items, images in _image_sides(image_fragments, image_mask, texts, t, setting):
+        part = out.window(slice(0, t), items)
+        for tile in _tiles(images, texts, items.stop - items.start, t, setting):
+            x, _ = store.take(tile)
+            _product(images, texts, tile, x)
+            activate_(x, setting.mode)
+            best = tile.maxima(x)
+            for text_run, image_run, block in tile.blocks(x):
+                masks = _mask_of(texts, text_run), _mask_of(images, image_run)
+                block_maxima(block, *masks, tile.window(best, text_run, image_run), mode=setting.mode)
+            real = _real_of(texts, tile.text_runs), _real_of(images, tile.image_runs)
+            block_pool(best, *real, part.window(tile.texts(), tile.images()))
+        if images.order is not None:  # then these are all images
+            out = _reordered(out, 1, images.order.argsort())
+    if texts.order is not None:
+        out = _reordered(out, 0, texts.order.argsort())
     kept[store.used :].zero_()
-    return _restore_order(out, images.order, texts.order).scores()
+    return out.scores()
 
 
 def score_all_backward(
@@ -118,29 +124,31 @@ def score_all_backward(
     kept: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """Gradients with respect to both fragment tensors."""
-    images, texts = _sides(image_fragments, text_fragments, image_mask, text_mask, setting)
-    pair_grad = _apply_order(PairScores.of(grad), images.order, texts.order)
+    t = text_fragments.shape[0]
+    texts = _side(text_fragments, text_mask, setting)
+    pair_grad = _reordered(PairScores.of(grad), 0, texts.order)
     wide = compute_dtype(setting.dtype)
-    allocate = torch.empty_like if images.runs and texts.runs else torch.zeros_like  # no tile writes to the latter
-    grad_images, grad_texts = (allocate(side.rows, dtype=wide) for side in (images, texts))
+    grad_images = image_fragments.new_empty(image_fragments.shape)
+    grad_texts = torch.zeros_like(texts.rows, dtype=wide)
     store, scratch = _Store(kept, filled=True), _Store(kept.new_empty(0), filled=False)
-    for tile in _tiles(images, texts, image_fragments, text_fragments, setting):
-        s, filled = store.take(tile)
-        if not filled:
-            activate_(_product(images, texts, tile, s), setting.mode)
-        grad_x, _ = scratch.take(tile)
-        for (text_run, image_run, block), (_, _, place) in zip(tile.blocks(s), tile.blocks(grad_x), strict=True):
-            masks = _mask_of(texts, text_run), _mask_of(images, image_run)
-            window = pair_grad.window(text_run.items(), image_run.items())
-            margin = _margin(wide, texts, images, text_run, image_run)
-            block_backward(block, *masks, window, place, mode=setting.mode, margin=margin)
-        regions, words = tile.regions(), tile.words()
-        _add_product(grad_images[regions], grad_x.t(), texts.rows[words], first=words.start == 0)
-        _add_product(grad_texts[words], grad_x, images.rows[regions], first=regions.start == 0)
-    return (
-        fragments_grad(grad_images, images, image_fragments),
-        fragments_grad(grad_texts, texts, text_fragments),
-    )
+    for items, images in _image_sides(image_fragments, image_mask, texts, t, setting):
+        part = _reordered(pair_grad.window(slice(0, t), items), 1, images.order)
+        grad_rows = torch.zeros_like(images.rows, dtype=wide)
+        for tile in _tiles(images, texts, items.stop - items.start, t, setting):
+            s, filled = store.take(tile)
+            if not filled:
+                activate_(_product(images, texts, tile, s), setting.mode)
+            grad_x, _ = scratch.take(tile)
+            for (text_run, image_run, block), (_, _, place) in zip(tile.blocks(s), tile.blocks(grad_x), strict=True):
+                masks = _mask_of(texts, text_run), _mask_of(images, image_run)
+                window = part.window(text_run.items(), image_run.items())
+                margin = _margin(wide, texts, images, text_run, image_run)
+                block_backward(block, *masks, window, place, mode=setting.mode, margin=margin)
+            regions, words = tile.regions(), tile.words()
+            _add_product(grad_rows[regions], grad_x.t(), texts.rows[words])
+            _add_product(grad_texts[words], grad_x, images.rows[regions])
+        grad_images[items] = fragments_grad(grad_rows, images, image_fragments[items])
+    return grad_images, fragments_grad(grad_texts, texts, text_fragments)
 
 
 class _Store:
@@ -165,35 +173,44 @@ class _Store:
         return self.scratch[:size].view(words, stride)[:, :regions], False
 
 
-def _sides(
-    image_fragments: Tensor,
-    text_fragments: Tensor,
-    image_mask: Tensor | None,
-    text_mask: Tensor | None,
-    setting: Setting,
-) -> tuple[Side, Side]:
-    packed, normalize, dtype = setting.packed, setting.mode != "dot", setting.dtype
-    return (
-        make_side(image_fragments, image_mask, packed=packed, normalize=normalize, dtype=dtype),
-        make_side(text_fragments, text_mask, packed=packed, normalize=normalize, dtype=dtype),
-    )
+def _side(fragments: Tensor, mask: Tensor | None, setting: Setting) -> Side:
+    return make_side(fragments, mask, packed=setting.packed, normalize=setting.mode != "dot", dtype=setting.dtype)
 
 
-def _tiles(
-    images: Side, texts: Side, image_fragments: Tensor, text_fragments: Tensor, setting: Setting
-) -> Iterator[Tile]:
-    """At most ``chunk_size`` pairs each, as many texts as the product likes and images to fill up."""
-    i, t = image_fragments.shape[0], text_fragments.shape[0]
-    on_cpu = image_fragments.device.type == "cpu"
-    r, w = (max(1, -(-side.rows.shape[0] // max(1, n))) for side, n in ((images, i), (texts, t)))  # rows an item
-    chunk_size, block_rows = setting.chunk_size, None
-    if chunk_size is None:
-        chunk_size = max(1, (_CPU_TILE if on_cpu else _OTHER_TILE) // (r * w))
-    per_text = max(1, min(t, chunk_size, _CPU_TILE_ROWS // w if on_cpu else t))
-    per_image = max(1, min(i, chunk_size // per_text))
-    per_text = max(1, min(t, chunk_size // per_image))
-    if on_cpu:
-        block_rows = max(1, _CPU_BLOCK // (per_image * r))
+def _image_sides(
+    fragments: Tensor, mask: Tensor | None, texts: Side, t: int, setting: Setting
+) -> Iterator[tuple[slice, Side]]:
+    """The images that stand in one tile after another, ready to be multiplied. With a mask all at once: of more images
+    more have equal numbers of regions."""
+    i, r, _ = fragments.shape
+    size = i if mask is not None else _sizes(r, texts.rows, i, t, setting)[0]
+    for start in range(0, i, max(1, size)):
+        items = slice(start, min(i, start + size))
+        yield items, _side(fragments[items], None if mask is None else mask[items], setting)
+
+
+def _sizes(r: int, word_rows: Tensor, i: int, t: int, setting: Setting) -> tuple[int, int, int | None]:
+    """Images and texts of a tile, and the most rows of a block: as many texts as the product likes and images, of r
+    regions, to fill up, evenly; or at most ``chunk_size`` pairs."""
+    on_cpu = word_rows.device.type == "cpu"
+    w = max(1, -(-word_rows.shape[0] // max(1, t)))  # rows per text
+    even = _even if setting.chunk_size is None else min
+    pairs = setting.chunk_size or max(1, (_CPU_TILE if on_cpu else _OTHER_TILE) // (r * w))
+    texts = max(1, even(t, min(pairs, max(1, _CPU_TILE_ROWS // w)) if on_cpu else pairs))
+    images = max(1, even(i, max(1, pairs // texts)))
+    texts = max(1, even(t, max(texts, pairs // images)))
+    return images, texts, max(1, _CPU_BLOCK // (images * r)) if on_cpu else None
+
+
+def _even(n: int, size: int) -> int:
+    """n cut into equal parts of about ``size``, at most one and a half times of it: the size of a part."""
+    parts = max(1, (2 * n + size) // (2 * size))  # n / size, rounded
+    return -(-n // parts)
+
+
+def _tiles(images: Side, texts: Side, i: int, t: int, setting: Setting) -> Iterator[Tile]:
+    r = max(1, -(-images.rows.shape[0] // max(1, i)))  # rows per image
+    per_image, per_text, block_rows = _sizes(r, texts.rows, i, t, setting)
     text_tiles = list(_gather(texts.runs, per_text, block_rows))
     for image_runs in _gather(images.runs, per_image, None):
         for text_runs in text_tiles:
@@ -227,12 +244,10 @@ def _product(images: Side, texts: Side, tile: Tile, out: Tensor) -> Tensor:
     return out.copy_(words @ regions.t())
 
 
-def _add_product(total: Tensor, x: Tensor, y: Tensor, *, first: bool) -> None:
-    """total += x @ y, or = for the first; the sum over tiles is kept in the dtype of ``total``."""
+def _add_product(total: Tensor, x: Tensor, y: Tensor) -> None:
+    """total += x @ y; the sum over tiles is kept in the dtype of ``total``."""
     if y.dtype == total.dtype:
-        torch.addmm(total, x, y, beta=0 if first else 1, out=total)
-    elif first:
-        total.copy_(x.to(y.dtype) @ y)
+        torch.addmm(total, x, y, out=total)
     else:
         total += x.to(y.dtype) @ y
 
@@ -261,13 +276,5 @@ def _real_of(side: Side, runs: list[Run]) -> Tensor | None:
     return side.real[runs[0].start : runs[-1].stop, :width]
 
 
-def _apply_order(scores: PairScores, image_order: Tensor | None, text_order: Tensor | None) -> PairScores:
-    for dim, order in ((0, text_order), (1, image_order)):
-        if order is not None:
-            scores = PairScores(*(x.index_select(dim, order) for x in scores))
-    return scores
-
-
-def _restore_order(scores: PairScores, image_order: Tensor | None, text_order: Tensor | None) -> PairScores:
-    back = (None if order is None else order.argsort() for order in (image_order, text_order))
-    return _apply_order(scores, *back)
+def _reordered(scores: PairScores, dim: int, order: Tensor | None) -> PairScores:
+    return scores if order is None else PairScores(*(x.index_select(dim, order) for x in scores))

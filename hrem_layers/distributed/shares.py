@@ -51,6 +51,7 @@ class Shares(NamedTuple):
         rows = gather_shared(pad(fragments, 1, self._width(side)), self.sizes(side))
         return rows, self.gather_mask(side, fragments, mask)
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # sizes differ between processes
     def fetch_fragments(
         self, side: str, fragments: Tensor, mask: Tensor | None, index: Tensor
     ) -> tuple[Tensor, Tensor | None, Tensor]:

@@ -42,8 +42,8 @@ class Positives(NamedTuple):
 
 def _occurrences(own: Tensor, other: Tensor) -> Tensor:
     """How often each of ``own`` stands in ``other``."""
-    ranked = other.sort().values
-    return torch.searchsorted(ranked, own, right=True) - torch.searchsorted(ranked, own)
+    ordered = other.sort().values
+    return torch.searchsorted(ordered, own, right=True) - torch.searchsorted(ordered, own)
 
 
 def check_positive_pairs(

@@ -30,10 +30,10 @@ def hinge_against_many(similarity: Tensor, positives: Tensor, weights: Tensor, *
     Instead, the negatives of a row are sorted; those over a positive's threshold are then a prefix, whose
     Σw and Σw·s two cumulative sums hold.
     """
-    ranked, order = similarity.masked_fill(positives, -torch.inf).sort(dim=1, descending=True)
+    ordered, order = similarity.masked_fill(positives, -torch.inf).sort(dim=1, descending=True)
     w = weights.gather(1, order)
-    w_s = w * torch.where(ranked > -torch.inf, ranked, 0)
+    w_s = w * torch.where(ordered > -torch.inf, ordered, 0)
     # how many negatives have s_negative > s_positive − margin
-    reach = torch.searchsorted(-ranked.detach(), (margin - similarity.detach()).contiguous())  # [n, m]
+    reach = torch.searchsorted(-ordered.detach(), (margin - similarity.detach()).contiguous())  # [n, m]
     sum_w, sum_w_s = (F.pad(x.cumsum(dim=1), (1, 0)).gather(1, reach) for x in (w, w_s))
     return torch.where(positives, sum_w * (margin - similarity) + sum_w_s, 0).sum()

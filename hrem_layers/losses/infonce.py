@@ -124,7 +124,8 @@ class InfoNCELoss(nn.Module):
         log_scale: instead of a temperature, the parameter log(1/τ) of a model, such as ``clip.logit_scale``, of shape
             () or (1,). It is shared, not copied: gradient flows to it, ``loss.log_scale`` is the same object. It stays
             its owner's: it is neither in this module's ``parameters()`` nor in its ``state_dict()``, and never set
-            back. A ``copy.deepcopy`` of the loss alone has a copy of it.
+            back. A ``copy.deepcopy`` of the loss alone has a copy of it. What gives the model another parameter in its
+            place (``to_empty``, FSDP) does not reach the loss: share it afterwards.
         reduction: ``"mean"`` over the anchors that have a positive, or ``"sum"`` over them; either way half
             the sum of the two directions.
 

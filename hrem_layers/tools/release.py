@@ -84,7 +84,7 @@ def loss(embed_dim: int = 1024, **changes: Any) -> HREMLoss:
     """The release's objective with all its parts.
 
     Args:
-        embed_dim: D.
+        embed_dim: the size D of an embedding.
         changes: arguments of :class:`hrem_layers.HREMLoss`, whole parts among them, as in
             ``loss(64, interaction=interaction(64, num_heads=4), warmup_steps=100)``.
 

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 from hrem_layers._core.checks import said
 from hrem_layers.relations import AnyGraph, RelationGraph, SparseRelationGraph, check_graph
-from hrem_layers.tools.plot.style import SEQUENTIAL, new_figure, text_style, to_array
+from hrem_layers.tools.plot.style import ON_WHITE, new_figure, text_style, to_array
 
 BLOCK_NAMES = (("images from images", "images from texts"), ("texts from images", "texts from texts"))
 
@@ -22,7 +22,8 @@ def plot_graph(graph: AnyGraph, *, all_relevance: bool = False) -> Figure:
 
     The colours of S are scaled in each block by itself, for the blocks have different units: across the modalities
     relevance is learned, within one it is a function of the distance, with a sample's own
-    value (1, the diagonal) left out of the scale. The bars beside say which colour is which value.
+    value (1, the diagonal) left out of the scale. The bars beside say which colour is which value: the darker, the
+    more relevant.
 
     Args:
         graph: over N images and M texts, from ``loss.relate(...)`` or an :class:`hrem_layers.AssociationGraph`.
@@ -51,15 +52,15 @@ def plot_graph(graph: AnyGraph, *, all_relevance: bool = False) -> Figure:
     connection, relevance = to_array(graph.connection), to_array(graph.relevance)
     shown = relevance if all_relevance else np.where(connection, relevance, np.nan)
     with text_style():
-        figure = new_figure(10.4, 4.8)
-        left, right, bars = figure.subplots(1, 3, width_ratios=(1, 1, 0.36))
+        figure = new_figure(8.6, 3.9)
+        left, right, bars = figure.subplots(1, 3, width_ratios=(1, 1, 0.48))
         bars.axis("off")
         colours = ListedColormap(["#ffffff", "#1a1a1a"])
         left.imshow(connection, cmap=colours, vmin=0, vmax=1, interpolation="nearest")
         left.set_title("connection A: black = edge")
         _frame(left, n, nodes)
         _relevance(figure, right, bars, shown, n)
-        right.set_title("relevance S" + ("" if all_relevance else " on edges (white: no edge)"))
+        right.set_title("relevance S" + ("" if all_relevance else " (white: no edge)"))
         _frame(right, n, nodes)
     return figure
 
@@ -75,13 +76,13 @@ def _relevance(figure: Figure, ax: Axes, bars: Axes, values: npt.NDArray[Any], n
             finite = others[np.isfinite(others)]
             low, high = (float(finite.min()), float(finite.max())) if finite.size else (0.0, 1.0)
             image = ax.imshow(
-                block, cmap=SEQUENTIAL, vmin=low, vmax=max(high, low + 1e-6), interpolation="nearest",
+                block, cmap=ON_WHITE, vmin=low, vmax=max(high, low + 1e-6), interpolation="nearest",
                 extent=(start - 0.5, end - 0.5, bottom - 0.5, top - 0.5),
             )  # fmt: skip
             # two bars on the right, one above the other per row of blocks and side by side per column
             place = bars.inset_axes((0.52 * column, 0.55 - 0.5 * row, 0.09, 0.33))
             figure.colorbar(image, cax=place)
-            place.set_title(BLOCK_NAMES[row][column].replace(" from ", "\nfrom "), fontsize=7.5, loc="left")
+            place.set_title(BLOCK_NAMES[row][column].replace(" from ", "\nfrom "), fontsize=7, loc="left")
             place.tick_params(labelsize=7)
     ax.set_xlim(-0.5, nodes - 0.5)
     ax.set_ylim(nodes - 0.5, -0.5)

@@ -16,6 +16,8 @@ from hrem_layers._core.checks import said
 
 SEQUENTIAL = "cividis"
 """Grows in lightness only, and reads alike with and without red-green vision."""
+ON_WHITE = SEQUENTIAL + "_r"
+"""The same from light to dark: beside white for "nothing there", the strongest is what differs most, in grey too."""
 
 # Okabe and Ito's colours, told apart with every kind of colour vision; dashes and markers tell them apart in grey
 LINES = (
