@@ -8,7 +8,7 @@ from typing import Any
 
 import checkpoint
 import processes
-from checkpoint_checks import FORMAT, check, fault, match
+from checkpoint_checks import FORMAT, check, check_encoders, fault, match
 from options import RELEASE, make_parser
 from retrieval_model import Built
 from run_folder import plain
@@ -16,6 +16,7 @@ from run_folder import plain
 from hrem_layers.tools.compat import ReleaseCheckpoint, is_release_checkpoint, read_release_checkpoint
 
 ENCODERS = ("image_encoder", "text_encoder")
+KEPT = ("text_encoder", "embed_dim", "num_heads", "bert")  # of the options: what the encoders are made from
 
 
 def load_any(path: Path, data: Path | None) -> dict[str, Any]:
@@ -47,9 +48,9 @@ def as_state(read: ReleaseCheckpoint) -> dict[str, Any]:
 
 def of_encoders(path: Path, kept: dict[str, Any]) -> dict[str, Any]:
     """The same of what ``save_encoders`` of examples/search writes."""
-    for key in ("arguments", "vocabulary", "model"):
-        if key not in kept:
-            raise fault(path, key, "a value", "none")
+    if kept["encoders"] != 1:
+        raise fault(path, "encoders", "1", str(kept["encoders"])[:40])
+    check_encoders(path, kept, KEPT)
     return _state(kept["arguments"], kept["vocabulary"], kept["model"], "encoders without the loss")
 
 

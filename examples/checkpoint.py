@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import io
 import os
+import pickle
 import random
 import zipfile
 from collections.abc import Iterator
@@ -141,6 +142,8 @@ def load(path: Path) -> dict[str, Any]:
         raise Damaged(f"{expected} {error}") from error
     except Exception as error:  # by what is wrong with it, of any kind
         first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
+        if isinstance(error, pickle.UnpicklingError):  # PyTorch advises to load it without looking at what it does
+            first_line = "it holds more than tensors and plain values, or breaks off"
         raise Damaged(f"{expected} a file that does not load ({first_line})") from error
     if not isinstance(state, dict) or "arguments" not in state:
         raise Damaged(f"{expected} another kind of file: it has no key 'arguments'")
@@ -160,7 +163,7 @@ def check_whole(path: Path) -> None:
                 raise Damaged(f"a damaged file: the checksum of {broken} does not fit")
         return
     if tail[:4] != END_SIGNATURE and MARK not in tail:
-        raise Damaged("a file that does not end as one")
+        raise Damaged("a file that does not end as one: cut off, or of another kind")
     total, left = hashlib.sha256(), size - (SEAL - len(MARK))
     with path.open("rb") as file:
         while left > 0 and (block := file.read(min(left, 1 << 20))):

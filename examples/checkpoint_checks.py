@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +22,10 @@ def fault(path: Path, key: str, expected: str, found: str) -> Damaged:
 def match(path: Path, key: str, saved: Any, wanted: Any) -> None:
     """Raises Damaged unless ``saved`` is built as ``wanted``: keys, lengths, shapes, types; numbers must be finite."""
     if isinstance(wanted, Tensor):
-        if not isinstance(saved, Tensor):
-            raise fault(path, key, _describe(wanted), _describe(saved))
+        _check_tensor(path, key, saved)
         if saved.shape != wanted.shape or saved.dtype != wanted.dtype:
             raise fault(path, key, _describe(wanted), _describe(saved))
-        check_finite(path, key, saved)
+        _check_finite(path, key, saved)
     elif isinstance(wanted, Mapping):
         if not isinstance(saved, Mapping):
             raise fault(path, key, "a dictionary", _describe(saved))
@@ -46,8 +45,15 @@ def match(path: Path, key: str, saved: Any, wanted: Any) -> None:
         raise fault(path, key, f"{type(wanted).__name__}", _describe(saved))
 
 
-def check_finite(path: Path, key: str, value: Any) -> None:
-    if isinstance(value, Tensor) and value.is_floating_point() and not torch.isfinite(value).all():
+def _check_tensor(path: Path, key: str, value: Any) -> None:
+    """A plain one: of sparse, nested, quantized and meta tensors not even the shape can always be asked for."""
+    _kind(path, key, value, Tensor, "a tensor")
+    if value.layout != torch.strided or value.is_nested or value.is_quantized or value.is_meta:
+        raise fault(path, key, "a dense tensor with values", "another kind of tensor")
+
+
+def _check_finite(path: Path, key: str, value: Tensor) -> None:
+    if value.is_floating_point() and not torch.isfinite(value).all():
         raise fault(path, key, "finite numbers", "NaN or inf")
 
 
@@ -103,20 +109,13 @@ def check(path: Path, state: dict[str, Any], *, to_go_on: bool) -> None:
     for key in EVERYWHERE + (TO_GO_ON if to_go_on else ()):
         if key not in state:
             raise fault(path, key, "a value", "none")
-    if state["format"] != FORMAT:
+    if type(state["format"]) is not int or state["format"] != FORMAT:
         raise fault(path, "format", str(FORMAT), _describe(state["format"]))
-    try:
-        options.check_saved(state["arguments"])
-    except ValueError as error:
-        raise Damaged(f"{path}: key 'arguments': {error}") from error
+    check_encoders(path, state)
     _kind(path, "run_id", state["run_id"], str, "text")
-    words = _kind(path, "vocabulary", state["vocabulary"], list, "a list of words")
-    if not all(isinstance(word, str) for word in words) or len(set(words)) != len(words):
-        raise fault(path, "vocabulary", "different words", "others")
     data = _kind(path, "data", state["data"], dict, "a dictionary")
     for name, content in data.items():
         _kind(path, f"data.{name}", content, str, "text")
-    _weights(path, "model", state["model"])
     _progress(path, state)
     if to_go_on:
         _kind(path, "random", state["random"], list, "the random states of all processes")
@@ -135,10 +134,26 @@ def check(path: Path, state: dict[str, Any], *, to_go_on: bool) -> None:
         raise fault(path, "best", "the best epoch so far", "None")
 
 
+def check_encoders(path: Path, state: dict[str, Any], names: Iterable[str] | None = None) -> None:
+    """Raises Damaged unless ``state`` holds weights, a vocabulary, and the options ``names`` (None: all)."""
+    for key in ("arguments", "vocabulary", "model"):
+        if key not in state:
+            raise fault(path, key, "a value", "none")
+    try:
+        options.check_saved(state["arguments"], names)
+    except ValueError as error:
+        raise Damaged(f"{path}: key 'arguments': {error}") from error
+    words = _kind(path, "vocabulary", state["vocabulary"], list, "a list of words")
+    if not all(isinstance(word, str) for word in words) or len(set(words)) != len(words):
+        raise fault(path, "vocabulary", "different words", "others")
+    _weights(path, "model", state["model"])
+
+
 def _weights(path: Path, key: str, weights: Any) -> None:
     for name, value in _kind(path, key, weights, dict, "weights by name").items():
-        _kind(path, f"{key}.{name}", value, Tensor, "a tensor")
-        check_finite(path, f"{key}.{name}", value)
+        _kind(path, key, name, str, "names that are text")
+        _check_tensor(path, f"{key}.{name}", value)
+        _check_finite(path, f"{key}.{name}", value)
     if not weights:
         raise fault(path, key, "weights by name", "none")
 
@@ -170,7 +185,13 @@ def _progress(path: Path, state: dict[str, Any]) -> None:
         missing = {"rsum", *(f"{way}_r{k}" for way in ("i2t", "t2i") for k in (1, 5, 10))} - entry["dev"].keys()
         for key in sorted(missing):
             raise fault(path, f"{where}.dev.{key}", "a value", "none")
-    _number(path, "rsum", state["rsum"], -1, 600)
+    best = max((entry["dev"]["rsum"] for entry in history), default=-1.0)
+    if _number(path, "rsum", state["rsum"], -1, 600) != best:
+        raise fault(path, "rsum", f"{best}, the best of the history", f"{state['rsum']}")
+    steps = sum(entry["steps"] for entry in history) + sampler["batches_done"]
+    if state["total_steps"] != steps:
+        expected = f"{steps}, by the history and 'batches_done'"
+        raise fault(path, "total_steps", expected, str(state["total_steps"]))
 
 
 def size_of(path: Path, weights: Mapping[str, Tensor], key: str) -> torch.Size:
@@ -187,9 +208,9 @@ def check_optimizer(path: Path, saved: Any, optimizer: torch.optim.Optimizer) ->
     match(path, "optimizer.param_groups", saved["param_groups"] if _has(saved, "param_groups") else None,
           wanted["param_groups"])  # fmt: skip
     for place, (group, ours) in enumerate(zip(saved["param_groups"], wanted["param_groups"], strict=True)):
-        if group["params"] != ours["params"]:
-            raise fault(path, f"optimizer.param_groups[{place}].params", "the model's parameters", "others")
-        _number(path, f"optimizer.param_groups[{place}].lr", group["lr"], 0, math.inf)
+        for key in group.keys() - {"lr"}:  # which is the scheduler's
+            if group[key] != ours[key]:
+                raise fault(path, f"optimizer.param_groups[{place}].{key}", str(ours[key])[:60], str(group[key])[:60])
     states = _kind(path, "optimizer.state", saved.get("state"), dict, "a dictionary")
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     for index, state in states.items():

@@ -7,7 +7,9 @@ the file again.
 from __future__ import annotations
 
 import hashlib
+import os
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,7 @@ WHERE = (
     "emoji, which pip installs."
 )
 # a caption that still carries what stood beside it in a table: "123.jpg#0<tab>A dog"
-_TABLE = re.compile(r"\t|^\S+\.(?:jpe?g|png|webp)\b", re.IGNORECASE)
+_TABLE = re.compile(r"\t|^\S+\.(?:jpe?g|png|webp|gif|bmp|tiff?)\b", re.IGNORECASE)
 
 
 class DataError(ValueError):
@@ -39,6 +41,14 @@ def check_is_file(path: Path) -> None:
     if not path.is_file():
         others = ", ".join(sorted(p.name for p in path.parent.iterdir())[:12]) or "nothing"
         raise misfit(path, "a file", f"none; the folder holds {others}")
+
+
+def is_there(path: Path) -> bool:
+    """Of a file that may be missing; what has its name and is no file raises DataError."""
+    if not os.path.lexists(path):
+        return False
+    check_is_file(path)
+    return True
 
 
 # ---------------------------------------------------------------------------------------- captions
@@ -166,8 +176,8 @@ def read_integers(path: Path, count: int, what: str) -> np.ndarray:
 # ---------------------------------------------------------------------------------------- to recognise data again
 
 
-def digest(*parts: bytes | str) -> str:
-    """Of a few parts in order; the same parts cut otherwise give another."""
+def digest(parts: Iterable[bytes | str]) -> str:
+    """Of parts in order; the same parts cut otherwise give another."""
     total = hashlib.sha256()
     for part in parts:
         content = part.encode("utf-8", "surrogatepass") if isinstance(part, str) else part

@@ -13,7 +13,7 @@ import picture
 import processes
 import report
 import torch
-from data_files import load_array, misfit
+from data_files import is_there, load_array, misfit
 from pair_data import Captions, Images, Pairs, loader_options, pad
 from retrieval_model import Built, RetrievalModel
 from torch import Tensor, nn
@@ -91,7 +91,7 @@ def together(members: Sequence[Evaluated], pairs: Pairs) -> Evaluated:
 def read_pictures(data: Path, split: str, pairs: Pairs) -> np.ndarray | None:
     """(images, H, W, 3) uint8, on disk, if the folder has any."""
     path = data / f"{split}_pictures.npy"
-    if not path.is_file():
+    if not is_there(path):
         return None
     pictures = load_array(path, mmap_mode="r")
     n = pairs.num_images

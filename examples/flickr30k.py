@@ -87,6 +87,8 @@ def data_folder(arguments: argparse.Namespace) -> Path:
 
 def open_splits(arguments: argparse.Namespace, data: Path, *splits: str) -> list[Pairs]:
     """The splits, and all of those that are only read at the end of an epoch or of the run."""
+    if len({*arguments.captions}) < len(arguments.captions):
+        raise ValueError(f"--captions {' '.join(arguments.captions)}: expected each name once")
     for name in arguments.captions[1:]:
         if not any(data.glob(f"*_{glob.escape(name)}.txt")):
             raise ValueError(f"--captions {name}: expected train_{name}.txt, or that of another split, in {data}")
@@ -122,7 +124,9 @@ def train_and_evaluate(arguments: argparse.Namespace, device: torch.device, anno
             arguments.threads = resumed[1]["arguments"]["threads"]  # sums depend on it in their last digits
         choose_threads(arguments)
         words = known_words(arguments, train_pairs, vectors)
-        fingerprint = train_pairs.fingerprint() | dev_pairs.fingerprint() | vocabulary_fingerprint(words)
+        fingerprint = vocabulary_fingerprint(words)
+        for pairs in (train_pairs, dev_pairs, test_pairs):
+            fingerprint |= pairs.fingerprint()
         if resumed:
             run_folder.check_same_data(resumed[0], resumed[1]["data"], fingerprint, data)
         torch.manual_seed(arguments.seed)
@@ -137,10 +141,9 @@ def train_and_evaluate(arguments: argparse.Namespace, device: torch.device, anno
             if run.best is not None and processes.is_main():
                 checkpoint.save(folder / "best.pt", run.best_state())
         announce.append(run)
-        say_start(
-            arguments, run, folder, device, train=train_pairs, dev=dev_pairs, **{arguments.test_split: test_pairs}
-        )
-        for split, pairs in (("train", train_pairs), ("dev", dev_pairs), (arguments.test_split, test_pairs)):
+        splits = {"train": train_pairs, "dev": dev_pairs, arguments.test_split: test_pairs}
+        say_start(arguments, run, folder, device, splits)
+        for split, pairs in splits.items():
             say_what_is_cut(built.encode, split, pairs)
         train(run, train_pairs, dev_pairs, built, arguments, folder, device)
 
@@ -153,7 +156,9 @@ def train_and_evaluate(arguments: argparse.Namespace, device: torch.device, anno
         )
 
 
-def say_start(arguments: argparse.Namespace, run: Run, folder: Path, device: torch.device, **splits: Pairs) -> None:
+def say_start(
+    arguments: argparse.Namespace, run: Run, folder: Path, device: torch.device, splits: dict[str, Pairs]
+) -> None:
     sizes = "; ".join(f"{name} {p.num_images} images, {len(p.captions)} captions" for name, p in splits.items())
     threads = f", {arguments.threads} thread(s)" if device.type == "cpu" else ""
     resumed = f"; resumed in epoch {run.epoch + 1} after {run.step} steps" if run.total_steps else ""

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NoReturn
 
 import processes
 from encoders import check_bert_folder
-from ranges import SHARE, Integer, Number, Word, check_device, check_value
+from ranges import SHARE, Integer, Number, Word, check_device, check_value, location
 
 from hrem_layers.tools import release
 
@@ -63,9 +64,9 @@ def make_parser() -> Parser:
             default = f" [{options['default']}]"
         parser.add_argument(name, help=text + default.replace("%", "%%"), **options)
 
-    add("--data-dir", "folder with {train,dev,test}_ims.npy and _caps.txt; without it: scenes of emoji", type=Path)
-    add("--cache-dir", "where the emoji features are kept", type=Path, default=Path("~/.cache/hrem-layers"))
-    add("--output-dir", "where everything is written [a new folder in runs/]", type=Path)
+    add("--data-dir", "folder with {train,dev,test}_ims.npy and _caps.txt; without it: scenes of emoji", type=location)
+    add("--cache-dir", "where the emoji features are kept", type=location, default=Path("~/.cache/hrem-layers"))
+    add("--output-dir", "where everything is written [a new folder in runs/]", type=location)
     add("--test-split", "split of the final evaluation (COCO 5K: testall)", default="test", type=Word())
     add("--captions-per-image", "captions per image in the files", type=Integer(1), default=5)
     add("--captions", "names of the lists {split}_NAME.txt; the first is read for each split, more where they are",
@@ -75,14 +76,14 @@ def make_parser() -> Parser:
 
     add("--text-encoder", "recurrent on a vocabulary of the training captions, or BERT", choices=["bigru", "bert"])
     add("--bert", "BERT: local folder or hub name", default="bert-base-uncased")
-    add("--word-vectors", "bigru: pretrained vectors, GloVe or fastText as text or .gz, or .npz", type=Path)
+    add("--word-vectors", "bigru: pretrained vectors, GloVe or fastText as text or .gz, or .npz", type=location)
     add("--open-vocabulary", "bigru: know all words of --word-vectors, also those that training never saw",
         action=argparse.BooleanOptionalAction)  # fmt: skip
     add("--word-lr-factor", "bigru: learning rate of the word vectors, times this (0: they stay)",
-        type=Number(least=0, zero="they stay as they are"))  # fmt: skip
+        type=Number(least=0, most=1e6, zero="they stay as they are"))  # fmt: skip
     add("--vocabulary-min-count", "bigru: occurrences that make a word known", type=Integer(1))
-    add("--embed-dim", "size of the joint space", type=Integer(2))
-    add("--num-heads", "attention heads of all transformer layers", type=Integer(1))
+    add("--embed-dim", "size of the joint space", type=Integer(2, 2**16))
+    add("--num-heads", "attention heads of all transformer layers", type=Integer(1, 2**16))
     add("--dropout", "dropout of all transformer layers", type=SHARE,
         default=release.SETTINGS["fragments"]["dropout"])  # fmt: skip
 
@@ -107,18 +108,18 @@ def make_parser() -> Parser:
     add("--region-drop", "share of the regions left out in training", type=SHARE, default=TRAINING["region_drop"])
     add("--word-drop", "share of the words masked, replaced or deleted in training", type=SHARE,
         default=TRAINING["word_drop"])  # fmt: skip
-    add("--lr", "learning rate (BERT itself: a tenth)", type=Number(above=0))
+    add("--lr", "learning rate (BERT itself: a tenth)", type=Number(least=1e-12, most=1e6))
     add("--lr-steps", "epochs at which it is divided by ten", type=Integer(1), nargs="*")
     add("--weight-decay", "of AdamW", type=Number(least=0, zero="none"), default=TRAINING["weight_decay"])
     add("--grad-clip", "largest norm of the gradient (0: any)", type=Number(least=0, zero="any norm"),
         default=TRAINING["grad_clip"])  # fmt: skip
 
     add("--resume", "go on from CHECKPOINT, or from last.pt in --output-dir", nargs="?", const="",
-        metavar="CHECKPOINT")  # fmt: skip
+        type=lambda text: text and location(text), metavar="CHECKPOINT")  # fmt: skip
     add("--init-from", "begin with the encoders of this checkpoint, of the script or of the authors' release",
-        type=Path, metavar="CHECKPOINT")  # fmt: skip
+        type=location, metavar="CHECKPOINT")  # fmt: skip
     add("--eval-only", "evaluate checkpoints on the test split, train nothing; of several, by their mean similarity",
-        type=Path, nargs="+", metavar="CHECKPOINT")  # fmt: skip
+        type=location, nargs="+", metavar="CHECKPOINT")  # fmt: skip
     add("--seed", "of everything random", type=Integer(0, 2**32 - 1), default=0)
     add("--device", "cpu, cuda, cuda:1, ...; auto takes a GPU if there is one", default="auto", type=check_device)
     add("--threads", "of PyTorch on the CPU [as many as are idle, at most one per core]", type=Integer(1, 1024))
@@ -154,7 +155,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         return arguments
     try:
         check_together(arguments)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         parser.error(str(error))
     return arguments
 
@@ -175,9 +176,19 @@ def check_together(arguments: argparse.Namespace) -> None:
             f"--images-per-cluster must divide the batch of a process, {per_process}, "
             f"got {arguments.images_per_cluster}"
         )
+    fastest = arguments.lr * max(1.0, arguments.word_lr_factor)
+    if fastest * arguments.weight_decay >= 1:
+        raise ValueError(
+            f"--weight-decay {arguments.weight_decay:g}: times the learning rate {fastest:g} it must be below 1, or "
+            "each step turns the signs of the weights"
+        )
+    if 0 < arguments.grad_clip < 1e-6:
+        raise ValueError(
+            f"--grad-clip {arguments.grad_clip:g}: gradients as short vanish beside AdamW's epsilon; 0 means any norm"
+        )
     if arguments.resume == "" and arguments.output_dir is None:
         raise ValueError("--resume needs a CHECKPOINT, or the --output-dir whose last.pt it goes on from")
-    if arguments.resume and not Path(arguments.resume).is_file():
+    if arguments.resume and not arguments.resume.is_file():
         raise ValueError(f"--resume: no file {arguments.resume}")
     if arguments.init_from is not None and not arguments.init_from.is_file():
         raise ValueError(f"--init-from: no file {arguments.init_from}")
@@ -206,13 +217,13 @@ def given_options(argv: list[str] | None) -> set[str]:
     return set(vars(parser.parse_args(argv)))
 
 
-def check_saved(saved: Any) -> None:
-    """Raises ValueError unless ``saved`` holds every option, each in its range."""
+def check_saved(saved: Any, names: Iterable[str] | None = None) -> None:
+    """Raises ValueError unless ``saved`` holds the options ``names`` (None: all), each in its range."""
     if not isinstance(saved, dict):
         raise ValueError(f"expected the options of a run, found {type(saved).__name__}")
     filled = {**dict.fromkeys(RELEASE)}
     for action in make_parser()._actions:
-        if action.dest == "help":
+        if action.dest == "help" or (names is not None and action.dest not in names):
             continue
         if action.dest not in saved:
             raise ValueError(f"option {flag(action.dest)} is missing")
@@ -220,7 +231,6 @@ def check_saved(saved: Any) -> None:
         try:
             if action.dest in filled and value is None:
                 raise argparse.ArgumentTypeError("expected a value, got None")
-            if action.dest not in MAY_DIFFER - {"epochs"}:
-                check_value(action, value)
+            check_value(action, value)
         except argparse.ArgumentTypeError as error:
             raise ValueError(f"option {flag(action.dest)}: {error}") from None

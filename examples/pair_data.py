@@ -17,13 +17,14 @@ from typing import Any, NamedTuple
 import numpy as np
 import processes
 import torch
-from data_files import DataError, Features, check_is_file, digest, misfit, read_captions, read_integers
+from data_files import DataError, Features, check_is_file, digest, is_there, misfit, read_captions, read_integers
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
 __all__ = ["Batch", "Captions", "DataError", "Images", "Pairs", "TrainingPairs", "collate", "load_pairs", "pad"]
 
+HASHED_IN_FULL = 2**27  # features of a split
 Encode = Callable[[str, "np.random.Generator | None"], list[int]]
 
 
@@ -63,17 +64,21 @@ class Pairs(NamedTuple):
     def fingerprint(self) -> dict[str, str]:
         """What makes these data these data, by the name of the file that it stands in.
 
-        Of the features the counts, the width, and a sample of the images: they may be 60 GB.
+        Of features above 512 MB the counts, the width, and a sample of the images: they may be 60 GB.
         """
-        n = self.num_images
-        sample = sorted({*np.linspace(0, n - 1, min(n, 64)).astype(int).tolist()})
+        n, (_, regions, width) = self.num_images, self.features.shape
+        sample = range(n) if n * regions * width <= HASHED_IN_FULL else _spread(n)
         split = self.path.name.removesuffix("_ims.npy")
-        content = digest(*(self.image(i).tobytes() for i in sample))
-        return {
-            self.path.name: f"{n} images of {self.features.shape[1]} x {self.features.shape[2]} features, {content}",
-            f"{split}_caps.txt": f"{len(self.captions)} captions, {digest(*self.captions)}",
-            f"{split}_ids.npy": f"{len(np.unique(self.ids))} distinct ids, {digest(self.ids.tobytes())}",
+        content = digest(self.image(i).tobytes() for i in sample)
+        found = {
+            self.path.name: f"{n} images of {regions} x {width} features, {content}",
+            f"{split}_caps.txt": f"{len(self.captions)} captions, {digest(self.captions)}",
+            f"{split}_ids.npy": f"{len(np.unique(self.ids))} distinct ids, {digest([self.ids.tobytes()])}",
         }
+        if self.lengths is not None and self.lengths.min() < regions:
+            lengths = self.lengths[:: self.rows_per_image]
+            found[f"{split}_lengths.npy"] = f"{lengths.sum()} real regions, {digest([lengths.tobytes()])}"
+        return found
 
 
 def read_lengths(path: Path, features: Features) -> np.ndarray | None:
@@ -82,7 +87,7 @@ def read_lengths(path: Path, features: Features) -> np.ndarray | None:
     Raises:
         DataError: it is no such file, or does not fit the features.
     """
-    if not path.is_file():
+    if not is_there(path):
         return None
     lengths = read_integers(path, len(features), "the number of real regions per row")
     if lengths.min() < 1 or lengths.max() > features.shape[1]:
@@ -122,13 +127,13 @@ def load_pairs(folder: Path, split: str, captions_per_image: int = 5, lists: Seq
             f"{len(features)} rows",
         )
     rows_per_image = len(features) // images
-    more = [path for name in lists[1:] if (path := folder / f"{split}_{name}.txt").is_file()]
+    more = [path for name in lists[1:] if is_there(path := folder / f"{split}_{name}.txt")]
     captions = _join(captions, [(path, read_captions(path)) for path in more], images)
     captions_per_image = len(captions) // images
     if rows_per_image > 1:
         _check_repeated(features, rows_per_image)
     ids_path, lengths_path = folder / f"{split}_ids.npy", folder / f"{split}_lengths.npy"
-    ids = read_integers(ids_path, images, "an id per image") if ids_path.is_file() else np.arange(images)
+    ids = read_integers(ids_path, images, "an id per image") if is_there(ids_path) else np.arange(images)
     lengths = read_lengths(lengths_path, features)
     return Pairs(features, captions, captions_per_image, rows_per_image, ids, lengths, features_path)
 
@@ -148,10 +153,14 @@ def _join(captions: list[str], more: Sequence[tuple[Path, list[str]]], images: i
     ]
 
 
+def _spread(images: int) -> list[int]:
+    """Some 64 of them, the first and the last among them."""
+    return sorted({*np.linspace(0, images - 1, min(images, 64)).astype(int).tolist()})
+
+
 def _check_repeated(features: Features, times: int) -> None:
-    """Some 64 images, the first and the last among them."""
     images = len(features) // times
-    for image in sorted({*np.linspace(0, images - 1, min(images, 64)).astype(int).tolist()}):
+    for image in _spread(images):
         rows = features.array[image * times : (image + 1) * times]
         if not np.array_equal(rows, np.broadcast_to(rows[:1], rows.shape), equal_nan=True):
             raise misfit(

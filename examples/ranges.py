@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,7 +18,7 @@ class Integer:
     """Whole numbers from ``least`` to ``most``. ``zero``: what 0 means, where it is special."""
 
     least: int
-    most: int | None = None
+    most: int = 10**9
     zero: str = ""
 
     def __call__(self, text: str) -> int:
@@ -28,13 +30,12 @@ class Integer:
 
     def check(self, value: Any) -> int:
         fits = isinstance(value, int) and not isinstance(value, bool)
-        if not fits or value < self.least or (self.most is not None and value > self.most):
+        if not fits or not self.least <= value <= self.most:
             raise argparse.ArgumentTypeError(f"expected {self}, got {value!r}")
         return value
 
     def __str__(self) -> str:
-        most = "up" if self.most is None else f"to {self.most}"
-        return f"a whole number from {self.least} {most}{f' (0: {self.zero})' if self.zero else ''}"
+        return f"a whole number from {self.least} to {self.most}{f' (0: {self.zero})' if self.zero else ''}"
 
 
 @dataclass(frozen=True)
@@ -84,12 +85,26 @@ class Word:
         return self.check(text)
 
     def check(self, value: Any) -> str:
-        if not isinstance(value, str) or not value.strip() or any(c in value for c in "/\\\0"):
+        if not isinstance(value, str) or not value.strip() or len(value) > 100 or any(c in value for c in "/\\\0"):
             raise argparse.ArgumentTypeError(f"expected {self}, got {value!r}")
         return value
 
     def __str__(self) -> str:
         return "a name without slashes"
+
+
+def location(text: str) -> Path:
+    """Of a file or folder, there or not. Empty text, mostly an unset variable of a shell, is none."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError(f"expected a path, got {text!r}")
+    try:
+        path = Path(text).expanduser()
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            path.stat()
+    except (OSError, ValueError, RuntimeError) as error:  # too long, not allowed, a zero byte, no such user
+        reason = getattr(error, "strerror", None) or error
+        raise argparse.ArgumentTypeError(f"expected a path, got {text[:100]!r} ({reason})") from None
+    return path
 
 
 SHARE = Number(least=0, below=1)

@@ -182,4 +182,4 @@ def say_what_is_cut(encode: Vocabulary | BertTokens, split: str, pairs: Pairs) -
 def vocabulary_fingerprint(words: Words) -> dict[str, str]:
     if not words.known:
         return {}
-    return {"the vocabulary": f"{len(words.known)} words with vectors of {words.size}, {digest(*words.known)}"}
+    return {"the vocabulary": f"{len(words.known)} words with vectors of {words.size}, {digest(words.known)}"}

@@ -27,12 +27,15 @@ def choose(arguments: argparse.Namespace) -> Path:
     """Where to write: what was asked for, else the next free folder in runs/. It exists afterwards."""
     folder = arguments.output_dir
     if folder is None and arguments.resume:
-        folder = Path(arguments.resume).parent
-    if folder is None:
-        base = Path("runs") / (arguments.data_dir.resolve().name if arguments.data_dir else "emoji")
-        folder = Path(processes.from_main(str(_next_free(base)) if processes.is_main() else ""))
-    elif processes.is_main():
-        folder.mkdir(parents=True, exist_ok=True)
+        folder = arguments.resume.parent
+    try:
+        if folder is None:
+            base = Path("runs") / (arguments.data_dir.resolve().name if arguments.data_dir else "emoji")
+            folder = Path(processes.from_main(str(_next_free(base)) if processes.is_main() else ""))
+        elif processes.is_main():
+            folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(f"--output-dir {folder or 'runs'}: no folder can be made there ({error.strerror})") from error
     processes.wait()
     return folder
 
@@ -60,8 +63,11 @@ def locked(folder: Path) -> Iterator[None]:
     if fcntl is None or not processes.is_main():
         yield
         return
-    path = folder / ".lock"
-    with path.open("a+") as file:
+    try:
+        opened = (folder / ".lock").open("a+")
+    except OSError as error:
+        raise OSError(f"--output-dir {folder}: nothing can be written there ({error.strerror})") from error
+    with opened as file:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not flock: workers would inherit it and outlive a kill
         except (BlockingIOError, PermissionError):
@@ -84,7 +90,7 @@ def resume_from(arguments: argparse.Namespace, folder: Path) -> tuple[Path, dict
     Raises:
         ValueError, OSError: it is damaged, of another run than what ``folder`` holds, or was made with other options.
     """
-    left = [name for name in LEFT_BY_A_RUN if (folder / name).exists()]
+    left = [name for name in LEFT_BY_A_RUN if os.path.lexists(folder / name)]  # a link to what is not there, too
     if arguments.resume is None:
         if left:
             raise FileExistsError(
@@ -92,15 +98,18 @@ def resume_from(arguments: argparse.Namespace, folder: Path) -> tuple[Path, dict
                 f"or another folder (found {', '.join(left)})"
             )
         return None
-    path = Path(arguments.resume) if arguments.resume else folder / "last.pt"
-    if not arguments.resume and not path.exists():
+    path = arguments.resume or folder / "last.pt"
+    if not arguments.resume and "last.pt" not in left:
         if left:
             raise FileExistsError(f"--resume: {folder} holds {', '.join(left)} of a run, but no last.pt to go on from")
         processes.say(f"--resume: no {path} yet, starting from the beginning")
         return None
     state = checkpoint.load(path)
     checkpoint_checks.check(path, state, to_go_on=True)
-    if left and not path.resolve().parent.samefile(folder):
+    elsewhere = not path.resolve().parent.samefile(folder)
+    if elsewhere:  # of curves and pictures nothing says whose they are
+        left += [name for name in ("report.png", "tensorboard") if (folder / name).exists()]
+    if left and elsewhere:
         raise FileExistsError(
             f"--output-dir {folder} holds another run ({', '.join(left)}), which going on from {path} would overwrite: "
             "give another folder"
@@ -117,7 +126,7 @@ def _run_of(path: Path) -> str | None:
     try:
         content = json.loads(path.read_text("utf-8")) if path.suffix == ".json" else checkpoint.load(path)
         return str(content["run_id"])
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         processes.warn(f"{path} does not load, and will be overwritten")
         return None
 
@@ -151,11 +160,15 @@ def plain(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def check_same_data(path: Path, saved: dict[str, str], now: dict[str, str], folder: Path) -> None:
-    """Raises ValueError that says which files of ``folder`` are not what the run at ``path`` was trained on."""
+    """Raises ValueError that says which files of ``folder`` are not what the run at ``path`` was trained on.
+
+    The test split may be another one, but not another one of the same name.
+    """
+    trained_on = {name for name in saved.keys() | now.keys() if name.startswith(("train_", "dev_", "the "))}
     changed = [
         f"{folder / name if '.' in name else name} was {saved.get(name, 'not there')} and is now "
         f"{now.get(name, 'not there')}"
-        for name in sorted(saved.keys() | now.keys())
+        for name in sorted(trained_on | (saved.keys() & now.keys()))
         if saved.get(name) != now.get(name)
     ]
     if changed:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import uuid
 from pathlib import Path
 from typing import Any
@@ -83,6 +84,8 @@ class Run:
             checkpoint.Damaged: something does not fit; the message names ``path`` and the key.
         """
         match = checkpoint_checks.match
+        if state["vocabulary"] != self.vocabulary:
+            raise checkpoint_checks.fault(path, "vocabulary", "the words of this run", "others")
         match(path, "model", state["model"], self.model.state_dict())
         checkpoint_checks.check_optimizer(path, state["optimizer"], self.optimizer)
         match(path, "scaler", state["scaler"], self.scaler.state_dict())
@@ -121,6 +124,11 @@ class Run:
         for key, value in fixed.items():
             if saved[key] != value:
                 raise checkpoint_checks.fault(path, f"scheduler.{key}", str(value), str(saved[key]))
+        divided = sum(count for epoch, count in wanted["milestones"].items() if epoch <= saved["last_epoch"])
+        for place, group in enumerate(state["optimizer"]["param_groups"]):
+            lr = group["initial_lr"] * wanted["gamma"] ** divided
+            if not math.isclose(group["lr"], lr):
+                raise checkpoint_checks.fault(path, f"optimizer.param_groups[{place}].lr", f"{lr:g}", f"{group['lr']}")
 
     def place(self) -> str:
         return f"epoch {self.epoch + 1}, after {self.step} steps" if self.step else f"after {self.epoch} epoch(s)"

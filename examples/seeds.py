@@ -30,8 +30,13 @@ def run(folder: Path, options: Sequence[str]) -> dict[str, float]:
         done = subprocess.run([sys.executable, str(SCRIPT), "--output-dir", str(folder), *options], check=False)
         if done.returncode:
             raise SystemExit(done.returncode)
-    test: dict[str, float] = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))["test"]
-    return test
+    try:
+        test: dict[str, float] = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))["test"]
+        return {name: float(test[name]) for name in SHOWN}
+    except (ValueError, KeyError, TypeError) as error:
+        raise SystemExit(
+            f"error: {folder / 'metrics.json'}: expected the figures of a run, found others ({error!r})"
+        ) from error
 
 
 def table(results: dict[str, list[dict[str, float]]]) -> str:

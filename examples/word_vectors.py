@@ -26,10 +26,13 @@ def read_word_vectors(path: Path, wanted: Iterable[str] | None) -> dict[str, np.
     if not path.is_file():
         raise ValueError(f"--word-vectors: expected a file of word vectors, found no file {path}")
     wanted = None if wanted is None else set(wanted)
-    if path.suffix == ".npz":
-        return _read_npz(path, wanted)
     try:
-        with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as file:
+        with path.open("rb") as file:
+            begin = file.read(4)
+        suffix = path.suffix.lower()
+        if suffix == ".npz" or begin == b"PK\x03\x04":
+            return _read_npz(path, wanted)
+        with gzip.open(path, "rb") if suffix == ".gz" or begin[:2] == b"\x1f\x8b" else path.open("rb") as file:
             return _read_text(path, file, wanted)
     except (OSError, EOFError, zlib.error) as error:
         raise ValueError(
@@ -41,7 +44,7 @@ def _read_text(path: Path, lines: Iterable[bytes], wanted: set[str] | None) -> d
     vectors: dict[str, np.ndarray] = {}
     promised, size, count = None, None, 0
     for number, line in _numbered(lines):
-        if number == 1 and (header := _header(line)):
+        if size is None and (header := _header(line)):
             promised, size = header
             continue
         if size is None:
@@ -50,8 +53,12 @@ def _read_text(path: Path, lines: Iterable[bytes], wanted: set[str] | None) -> d
         count += 1
         if len(fields) == size and line[:1].isspace():
             continue  # the word is a space of some kind, which no caption holds
-        word = fields[0]
+        word = fields[0].lstrip(" \t")
         try:
+            if "\0" in line:
+                raise ValueError("a zero byte: another encoding than UTF-8, or no text")
+            if any("." in part and _is_number(part) for part in word.split()[1:]):
+                raise ValueError("more numbers")
             if size < 2 or len(fields) != size + 1:
                 raise ValueError(f"{len(fields) - 1} numbers")
             if wanted is not None and word not in wanted:
@@ -105,12 +112,15 @@ def _is_number(text: str) -> bool:
 
 
 def _read_npz(path: Path, wanted: set[str] | None) -> dict[str, np.ndarray]:
+    expected = "expected an .npz of arrays 'words' and 'vectors'"
     try:
-        with np.load(path, allow_pickle=False) as archive:
-            missing = {"words", "vectors"} - set(archive.files)
-            if missing:
-                raise ValueError(f"expected arrays 'words' and 'vectors', found {archive.files}")
-            words, vectors = archive["words"], archive["vectors"]
+        with zipfile.ZipFile(path), np.load(path, allow_pickle=False) as archive:
+            if missing := {"words", "vectors"} - set(archive.files):
+                raise ValueError(f"no {' and no '.join(sorted(missing))} among {archive.files}")
+            words, vectors = np.asanyarray(archive["words"]), np.asanyarray(archive["vectors"])
+    except Exception as error:  # of zipfile or of the parser of a header: what a damaged file can lead to is open
+        raise ValueError(f"{path}: {expected}: {error or type(error).__name__}") from error
+    try:
         if words.ndim != 1 or words.dtype.kind not in "US":
             raise ValueError(f"'words': expected strings of shape (n,), found {words.dtype} {words.shape}")
         if vectors.ndim != 2 or vectors.dtype.kind not in "fiu" or vectors.shape[1] < 1 or len(vectors) != len(words):
@@ -122,7 +132,7 @@ def _read_npz(path: Path, wanted: set[str] | None) -> dict[str, np.ndarray]:
         bad = np.flatnonzero(~np.isfinite(vectors).all(axis=1))
         if len(bad):
             raise ValueError(f"'vectors': expected finite numbers, found NaN or inf in row {bad[0]}")
-    except (ValueError, OSError, EOFError, KeyError, AttributeError, zipfile.BadZipFile, zlib.error) as error:
+    except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     if words.dtype.kind == "S":
         words = np.char.decode(words, "utf-8", "replace")

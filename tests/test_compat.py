@@ -248,6 +248,9 @@ REFUSED = {
     ),
     r"model\[1\], .* linear.bias: expected shape": lambda c: _put(c, 1, "linear.bias", torch.ones(3)),
     r"fc.fc.bias: expected finite numbers": lambda c: _put(c, 0, "fc.fc.bias", torch.full((32,), torch.nan)),
+    r"fc.fc.bias: expected a dense tensor": lambda c: _put(c, 0, "fc.fc.bias", torch.ones(32).to_sparse()),
+    r"fc.fc.bias: expected floating point numbers": lambda c: _put(c, 0, "fc.fc.bias", torch.ones(32).int()),
+    "epoch: expected a whole number from 0, found NoneType": lambda c: c.update(epoch=None),
     r"fc.fc.bias: expected a tensor, found int": lambda c: _put(c, 0, "fc.fc.bias", 3),
     r"model\[1\]: missing: bert": lambda c: c["model"][1].pop("bert.embeddings.word_embeddings.weight"),
     "opt.no_imgnorm: expected False": lambda c: setattr(c["opt"], "no_imgnorm", True),
@@ -264,6 +267,15 @@ def test_what_is_not_known_is_refused_by_name(tmp_path: Path, message: str) -> N
     with pytest.raises(ValueError, match=message) as error:
         compat.read_release_checkpoint(saved(tmp_path / "x.pth", content))
     assert str(error.value).startswith(str(tmp_path / "x.pth"))
+
+
+def test_a_flipped_bit_is_noticed(file: Path) -> None:
+    weight = contents()["model"][0]["fc.fc.weight"].numpy().tobytes()
+    damaged = bytearray(file.read_bytes())
+    damaged[bytes(damaged).index(weight) + 3] ^= 0x40
+    file.write_bytes(damaged)
+    with pytest.raises(ValueError, match=r"model_best\.pth: .*the checksum of .* does not fit"):
+        compat.read_release_checkpoint(file)
 
 
 @pytest.mark.parametrize("content", [b"", b"PK\x05\x06", b"no pickle", b"\x80\x02N."])

@@ -158,6 +158,10 @@ def test_missing_keys_and_none(data: Path, trained: Path, tmp_path: Path, key: s
         ("model", lambda x: {**x, WEIGHT: x[WEIGHT].double()}),
         ("model", lambda x: {**x, WEIGHT: x[WEIGHT] * float("nan")}),
         ("model", lambda x: {**x, WEIGHT: None}),
+        ("model", lambda x: {**x, WEIGHT: x[WEIGHT].to_sparse()}),
+        ("model", lambda x: {**x, WEIGHT: x[WEIGHT].to("meta")}),
+        ("optimizer.state.0.exp_avg", lambda x: x.to_sparse()),
+        ("format", torch.zeros(2)),
         ("model", lambda x: {**x, "another.weight": torch.ones(3)}),
         ("model", lambda x: {name: w for name, w in x.items() if name != WEIGHT}),
         ("best.model", lambda x: {**x, WEIGHT: x[WEIGHT] + float("inf")}),
@@ -166,6 +170,9 @@ def test_missing_keys_and_none(data: Path, trained: Path, tmp_path: Path, key: s
         ("optimizer.state.0.step", None),
         ("optimizer.param_groups.0.lr", float("nan")),
         ("optimizer.param_groups.0.lr", -1.0),
+        ("optimizer.param_groups.0.lr", 0.1),
+        ("optimizer.param_groups.1.maximize", True),
+        ("optimizer.param_groups.1.eps", 1.0),
         ("optimizer.param_groups.0.params", lambda x: x[::-1]),
         ("scheduler.gamma", 3.0),
         ("scheduler.last_epoch", 7),
@@ -182,6 +189,9 @@ def test_missing_keys_and_none(data: Path, trained: Path, tmp_path: Path, key: s
         ("best.epoch", 3),
         ("best.rsum", 599.0),
         ("vocabulary", ["a", "a"]),
+        ("vocabulary", lambda x: x[::-1]),
+        ("rsum", 1.0),
+        ("arguments.threads", {}),
         ("arguments.dropout", 1.5),
         ("arguments.mechanism", "magic"),
         ("arguments.lr", "fast"),
@@ -198,10 +208,12 @@ def test_wrong_values(data: Path, trained: Path, tmp_path: Path, key: str, value
     resume_is_refused(data, trained, tmp_path / "run", state, named)
 
 
-@pytest.mark.parametrize("key", ["model", "arguments.embed_dim", "vocabulary", "history", "sampler.epoch"])
+@pytest.mark.parametrize(
+    "key", ["model", "arguments.embed_dim", "arguments.bert", "vocabulary", "history", "sampler.epoch"]
+)
 def test_evaluation_refuses_them_too(trained: Path, tmp_path: Path, key: str) -> None:
     state = copy.deepcopy(checkpoint.load(trained / "best.pt"))
-    set_at(state, key, None)
+    set_at(state, key, 7 if key == "arguments.bert" else None)
     checkpoint.save(tmp_path / "best.pt", state)
     with pytest.raises(SystemExit, match=rf"^error: {tmp_path}/best\.pt: key '{key.split('.')[0]}"):
         flickr30k.main(["--eval-only", str(tmp_path / "best.pt"), "--device", "cpu"])

@@ -209,7 +209,12 @@ def test_the_new_name_is_made_after_the_contents_are_on_the_disk(
 @pytest.mark.parametrize("place", ["file/run", "file"])
 def test_a_folder_that_cannot_be(data: Path, tmp_path: Path, place: str) -> None:
     (tmp_path / "file").write_text("")
-    assert str(tmp_path / "file") in stopped(command(data, tmp_path / place, *TINY))
+    assert f"--output-dir {tmp_path / place}: no folder" in stopped(command(data, tmp_path / place, *TINY))
+
+
+def test_a_folder_in_which_nothing_can_be_written(data: Path, tmp_path: Path) -> None:
+    (tmp_path / ".lock").mkdir()
+    assert f"--output-dir {tmp_path}: nothing can be written there" in stopped(command(data, tmp_path, *TINY))
 
 
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may write everywhere")

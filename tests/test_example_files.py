@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import io
 import re
+import zipfile
 from collections.abc import Callable
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
@@ -59,7 +60,7 @@ def test_what_is_no_captions_file_is_named(tmp_path: Path, content: bytes, messa
         read_captions(tmp_path / "c.txt")
 
 
-@pytest.mark.parametrize("odd", ["123.jpg#0\ta dog", "123.jpg#0 a dog", "COCO_1.png a dog", "7\ta dog"])
+@pytest.mark.parametrize("odd", ["123.jpg#0\ta dog", "123.jpg#0 a dog", "COCO_1.png a dog", "1.gif a dog", "7\ta dog"])
 def test_captions_that_carry_a_table_along_are_warned_of(
     tmp_path: Path, odd: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -163,6 +164,13 @@ def test_ids_that_do_not_fit_are_named(tmp_path: Path, ids: bytes | np.ndarray, 
         read_integers(path, 8, "an id per image")
 
 
+@pytest.mark.parametrize("name", ["train_ids.npy", "train_lengths.npy", "train_long.txt"])
+def test_what_may_be_missing_is_not_passed_over_if_it_is_there(data: Path, name: str) -> None:
+    (data / name).symlink_to(data / "gone")
+    with pytest.raises(DataError, match=rf"{name}: expected a file, found none"):
+        load_pairs(data, "train", lists=("caps", "long"))
+
+
 def test_only_so_many_regions_as_the_lengths_say(data: Path) -> None:
     lengths = np.array([1, 2, 3, 4, 5, 6, 6, 6], dtype=">i2")
     np.save(data / "train_lengths.npy", lengths)
@@ -246,11 +254,13 @@ def vectors_of(path: Path, wanted: list[str] | None = None) -> dict[str, list[fl
         "\ufeff2 3\ndog 1 2 3\ncat 4 5 6\n",
         "dog\t1\t2\t3\ncat 4\t5 6\n",
         "dog 1 2 3\ncat 4 5 6\ncat 7 8 9\n",
+        " dog 1 2 3\n cat 4 5 6\n",
+        "\n2 3\ndog 1 2 3\ncat 4 5 6\n",
     ],
 )
 @pytest.mark.parametrize("packed", [False, True])
 def test_text_as_programs_write_it(tmp_path: Path, content: str, packed: bool) -> None:
-    path = tmp_path / ("v.txt.gz" if packed else "v.txt")
+    path = tmp_path / "v.vec"  # what is packed is known by its content
     path.write_bytes(gzip.compress(content.encode()) if packed else content.encode())
     assert vectors_of(path) == {"dog": [1, 2, 3], "cat": [4, 5, 6]}
     assert vectors_of(path, ["cat", "sky"]) == {"cat": [4, 5, 6]}
@@ -275,7 +285,8 @@ def test_words_with_spaces_numbers_and_odd_line_ends_inside(tmp_path: Path) -> N
         ("2 3\ndog 1 2\ncat 4 5\n", 2),
         ("dog\ncat\n", 1),
         ("dog 1\ncat 2\n", 1),
-        ("PK\x03\x04 zip\n", 1),
+        ("dog 1.0 2.5 3\ncat 1.0 4 5 6\n", 2),
+        ("d\0o\0g\0 \0001\0 \0002\n", 1),
     ],
 )
 def test_what_is_no_vector_is_named_by_file_and_line(tmp_path: Path, content: str, line: int) -> None:
@@ -307,7 +318,7 @@ WORDS, VECTORS = np.array(["dog", "cat"]), np.arange(6, dtype=np.float32).reshap
 @pytest.mark.parametrize(
     ("arrays", "message"),
     [
-        ({"words": WORDS}, "expected arrays 'words' and 'vectors'"),
+        ({"words": WORDS}, "expected an .npz of arrays 'words' and 'vectors': no vectors among"),
         (
             {"words": WORDS, "vectors": VECTORS[0]},
             r"'vectors': expected numbers of shape \(2, d\), found float32 \(3,\)",
@@ -329,8 +340,19 @@ def test_archives_that_do_not_fit_are_named(tmp_path: Path, arrays: dict[str, np
 @pytest.mark.parametrize("content", [b"", b"no archive", b"PK\x03\x04 half an archive"])
 def test_a_damaged_archive_is_named(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "v.npz").write_bytes(content)
-    with pytest.raises(ValueError, match=r"v\.npz: "):
+    with pytest.raises(ValueError, match=r"v\.npz: expected an \.npz of arrays"):
         read_word_vectors(tmp_path / "v.npz", None)
+
+
+def test_an_array_or_a_damaged_header_under_the_name_of_an_archive(tmp_path: Path) -> None:
+    with (tmp_path / "v.npz").open("wb") as file:
+        np.save(file, VECTORS)
+    with zipfile.ZipFile(tmp_path / "w.npz", "w") as archive:
+        for name in ("words", "vectors"):
+            archive.writestr(f"{name}.npy", b"\x93NUMPY\x01\x00\x10\x00{'descr': (((((((\n")
+    for name in ("v.npz", "w.npz"):
+        with pytest.raises(ValueError, match=rf"{name}: expected an \.npz of arrays"):
+            read_word_vectors(tmp_path / name, None)
 
 
 def test_how_many_words_have_a_vector_is_said_and_none_is_refused(

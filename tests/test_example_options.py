@@ -22,30 +22,35 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_folder(tmp_path_factory.mktemp("precomputed"), train=16, dev=6, test=6)
 
 
+HUGE = "9" * 20
+NO_PATHS = ["", " ", "a" * 300, "a\0b", "~no-such-user/x"]
 OUT_OF_RANGE = {
+    **dict.fromkeys(["--data-dir", "--cache-dir", "--output-dir", "--word-vectors", "--init-from"], NO_PATHS),
+    "--eval-only": NO_PATHS,
+    "--resume": NO_PATHS[1:],
     "--captions-per-image": ["0", "-1", "x", "2.5", ""],
-    "--test-split": ["", " ", "../test", "a/b"],
+    "--test-split": ["", " ", "../test", "a/b", "a" * 300],
     "--captions": ["", " ", "../caps", "a/b"],
     "--text-encoder": ["lstm"],
-    "--word-lr-factor": ["-0.1", "nan", "inf"],
+    "--word-lr-factor": ["-0.1", "1e38", "nan", "inf"],
     "--vocabulary-min-count": ["0", "-3"],
-    "--embed-dim": ["0", "-8", "1", "1e3"],
-    "--num-heads": ["0", "-1"],
+    "--embed-dim": ["0", "-8", "1", "1e3", "1000000000"],
+    "--num-heads": ["0", "-1", HUGE],
     "--dropout": ["-0.1", "1", "1.5", "nan", "x"],
     "--mechanism": ["both"],
     "--alignment": ["best"],
     "--pair-loss": ["hinge"],
     "--negatives": ["soft"],
     "--nonzero-cutoff": ["0", "0.5", "2.1", "-1", "nan"],
-    "--candidates": ["0", "-1"],
-    "--warmup-steps": ["-1", "nan"],
+    "--candidates": ["0", "-1", HUGE],
+    "--warmup-steps": ["-1", "nan", HUGE],
     "--epochs": ["0", "-1", "1.5"],
     "--batch-size": ["0", "1", "-32"],
     "--sampler": ["sorted"],
     "--images-per-cluster": ["0", "-1"],
     "--region-drop": ["-0.1", "1", "nan"],
     "--word-drop": ["-0.1", "1", "nan"],
-    "--lr": ["0", "-1e-3", "nan", "inf", "fast"],
+    "--lr": ["0", "1e-320", "1e38", "-1e-3", "nan", "inf", "fast"],
     "--lr-steps": ["0", "-1", "x"],
     "--weight-decay": ["-1e-4", "nan", "inf"],
     "--grad-clip": ["-1", "nan", "inf"],
@@ -58,10 +63,7 @@ OUT_OF_RANGE = {
     "--checkpoint-every": ["-1", "x"],
     "--log-every": ["-1", "x"],
 }
-NO_RANGE = {
-    "--data-dir", "--cache-dir", "--output-dir", "--five-fold", "--save-embeddings", "--bert",
-    "--word-vectors", "--open-vocabulary", "--resume", "--eval-only", "--init-from", "--help", "--residual",
-}  # fmt: skip
+NO_RANGE = {"--five-fold", "--save-embeddings", "--bert", "--open-vocabulary", "--help", "--residual"}
 
 
 def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
@@ -101,6 +103,9 @@ def test_values_out_of_range_name_their_option(option: str, value: str, capsys: 
         (["--text-encoder", "bert", "--word-vectors", __file__], "--word-vectors: only --text-encoder bigru"),
         (["--text-encoder", "bert", "--bert", "./nowhere"], "--bert ./nowhere: expected a folder of transformers"),
         (["--text-encoder", "bert", "--bert", "."], r"--bert .: expected a folder with config.json"),
+        (["--text-encoder", "bert", "--bert", "a" * 300], "File name too long"),
+        (["--grad-clip", "1e-30"], "--grad-clip 1e-30: gradients as short vanish"),
+        (["--lr", "0.1", "--weight-decay", "10"], "--weight-decay 10: times the learning rate 0.1 it must be below 1"),
         (["--no-such-option"], "unrecognized arguments: --no-such-option"),
     ],
 )  # fmt: skip
@@ -122,6 +127,7 @@ def test_what_does_not_fit_together(
         (["--batch-size", "100"], "--batch-size must be at most the number of training captions, 80, got 100"),
         (["--batch-size", "96", "--sampler", "neighbor"], "--batch-size must be at most"),
         (["--test-split", "testall"], "testall_ims.npy: expected a file, found none"),
+        (["--captions", "caps", "caps"], "--captions caps caps: expected each name once"),
         (["--captions-per-image", "7"], "train_caps.txt: expected 7 captions per image"),
         (["--vocabulary-min-count", "10000"], "--vocabulary-min-count 10000: no word of the training captions"),
     ],
@@ -131,6 +137,14 @@ def test_what_the_data_do_not_allow_is_said_before_training(
 ) -> None:
     assert message in refused(command(data, tmp_path / "run", *more), capsys)
     assert not (tmp_path / "run" / "last.pt").exists()
+
+
+@pytest.mark.parametrize("split", ["train", "dev"])
+def test_the_final_evaluation_may_be_on_a_split_of_training(
+    data: Path, tmp_path: Path, split: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flickr30k.main(command(data, tmp_path, "--epochs", "1", "--embed-dim", "8", "--test-split", split))
+    assert f"\n{split}: {16 if split == 'train' else 6} images" in capsys.readouterr().out
 
 
 def test_five_folds_of_too_few_images(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

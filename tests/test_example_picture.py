@@ -168,3 +168,7 @@ def test_seeds_are_summed_up_by_mean_and_range(tmp_path: Path, capsys: pytest.Ca
     with pytest.raises(SystemExit) as ended:
         seeds.main(["--seeds", "7", "--output-dir", str(tmp_path), "--epochs", "0"])
     assert ended.value.code == 2
+    for content in ("", "[]", '{"test": {}}'):
+        (tmp_path / "none-0" / "metrics.json").write_text(content)
+        with pytest.raises(SystemExit, match=r"error: \S+metrics\.json: expected the figures of a run"):
+            seeds.main(["--seeds", "0", "--output-dir", str(tmp_path)])

@@ -20,6 +20,7 @@ for package in ("tqdm", "tensorboard", "matplotlib"):
 import checkpoint  # noqa: E402
 import flickr30k  # noqa: E402
 import run_folder  # noqa: E402
+from pair_data import load_pairs  # noqa: E402
 
 TINY = ("--embed-dim", "8", "--warmup-steps", "1")
 
@@ -93,6 +94,26 @@ def test_what_another_run_left_is_not_overwritten(data: Path, trained: Path, tmp
     for more in ((), ("--resume", str(trained / "last.pt"))):
         assert re.search("holds (the checkpoint of )?another run", refused(command(data, tmp_path, *TINY, *more)))
     assert (tmp_path / left).read_bytes() == before
+
+
+def test_curves_of_another_run_are_not_gone_on_with(data: Path, trained: Path, tmp_path: Path) -> None:
+    shutil.copytree(trained / "tensorboard", tmp_path / "tensorboard")
+    message = refused(command(data, tmp_path, "--epochs", "3", *TINY, "--resume", str(trained / "last.pt")))
+    assert f"--output-dir {tmp_path} holds another run (tensorboard)" in message
+
+
+def test_a_link_to_a_checkpoint_that_is_gone_is_no_new_start(data: Path, tmp_path: Path) -> None:
+    (tmp_path / "last.pt").symlink_to(tmp_path / "gone")
+    assert "last.pt: expected a checkpoint of this script, found no file" in refused(
+        command(data, tmp_path, *TINY, "--resume")
+    )
+
+
+def test_metrics_that_do_not_load_are_written_anew(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for content in (b"", b"[]", b"\xff\xfe", b"[" * 10**5):
+        (tmp_path / "metrics.json").write_bytes(content)
+        assert run_folder._run_of(tmp_path / "metrics.json") is None
+        assert "does not load, and will be overwritten" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("left", ["best.pt", "metrics.json"])
@@ -173,7 +194,8 @@ CHANGES = {
     "fewer regions": (_features(lambda x: x[:, :5], "train"), "train_ims.npy"),
     "narrower features": (_features(lambda x: x[..., :20], "train", "dev", "test"), "train_ims.npy"),
     "ids added": (lambda f: np.save(f / "train_ids.npy", np.arange(16) // 2), "train_ids.npy"),
-    "lengths added": (lambda f: np.save(f / "train_lengths.npy", np.full(16, 4)), "train_ims.npy"),
+    "lengths added": (lambda f: np.save(f / "train_lengths.npy", np.full(16, 4)), "train_lengths.npy"),
+    "captions of test": (_captions(lambda x: x[::-1], "test"), "test_caps.txt"),
 }
 
 
@@ -186,6 +208,15 @@ def test_other_data_are_noticed_and_the_file_is_named(data: Path, trained: Path,
     assert "the data are not those that the run began with" in message
     assert f"{other / file} was " in message
     assert "state_dict" not in message
+
+
+def test_one_number_of_one_image_is_noticed(tmp_path: Path) -> None:
+    data = write_folder(tmp_path, train=100, dev=4, test=4)
+    before = load_pairs(data, "train").fingerprint()
+    features = np.load(data / "train_ims.npy")
+    features[1, 2, 3] += 1
+    np.save(data / "train_ims.npy", features)
+    assert load_pairs(data, "train").fingerprint() != before
 
 
 def test_the_same_data_elsewhere_are_the_same(data: Path, trained: Path, tmp_path: Path) -> None:
@@ -226,7 +257,6 @@ def test_eval_only_of_several_is_the_mean_of_their_similarities(
 
 def test_together_ranks_by_the_mean_cosine(data: Path) -> None:
     from evaluation import Evaluated, together
-    from pair_data import load_pairs
 
     pairs = load_pairs(data, "test")
     members = [Evaluated(None, 3.0 * torch.randn(6, d), torch.randn(30, d)) for d in (4, 7)]  # type: ignore[arg-type]

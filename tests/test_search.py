@@ -9,6 +9,7 @@ import re
 import shutil
 import socket
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -130,6 +131,7 @@ def test_padding_of_a_batch_changes_no_embedding(trained: Path) -> None:
         (np.ones((3, 24)), r"take \(regions, 1280\) features per image, got \(3, 24\)"),
         (np.ones(1280), r"got \(1280,\)"),
         (np.ones((0, 1280)), r"got \(0, 1280\)"),
+        (np.ones((3, 1280), complex), r"expected features that are numbers, got complex128 \(3, 1280\)"),
         (np.full((3, 1280), np.nan), "item 1: expected finite features"),
     ],
 )
@@ -145,6 +147,31 @@ def test_no_encoders(tmp_path: Path, content: bytes | None) -> None:
         (tmp_path / "x.pt").write_bytes(content)
     with pytest.raises((ValueError, FileNotFoundError), match=r"x\.pt: expected a checkpoint"):
         load_encoders(tmp_path / "x.pt")
+
+
+@pytest.mark.parametrize(("key", "value"), [("vocabulary", None), ("model", []), ("arguments", {}), ("encoders", 2)])
+def test_encoders_that_lack_something(trained: Path, tmp_path: Path, key: str, value: object) -> None:
+    save_encoders(tmp_path / "x.pt", load_encoders(trained / "best.pt"))
+    checkpoint.save(tmp_path / "x.pt", {**checkpoint.load(tmp_path / "x.pt"), key: value})
+    with pytest.raises(checkpoint.Damaged, match=rf"x\.pt: key '{key}': "):
+        load_encoders(tmp_path / "x.pt")
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("index.faiss", lambda x: b""),
+        ("index.faiss", lambda x: x[:-4] + b"\0\0\xc0\x7f"),  # NaN
+        ("items.json", lambda x: x.replace(b".png", b".gif", 1)),
+        ("items.json", lambda x: b"null"),
+        ("items.json", lambda x: b"[" * 10**5),
+    ],
+)
+def test_a_damaged_index(index: Path, tmp_path: Path, name: str, change: Callable[[bytes], bytes]) -> None:
+    folder = shutil.copytree(index, tmp_path / "index")
+    (folder / name).write_bytes(change((folder / name).read_bytes()))
+    with pytest.raises(ValueError, match=r"index: expected a whole index \(.*make it again with --of"):
+        Searcher(folder)
 
 
 # ---------------------------------------------------------------------------------------- questions

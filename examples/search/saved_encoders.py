@@ -21,7 +21,6 @@ from text_tokens import UNKNOWN, Vocabulary, words
 from torch import Tensor, nn
 
 BATCH = 64
-KEPT = ("text_encoder", "embed_dim", "num_heads", "bert")  # of the options: what the encoders are made from
 
 
 class Encoders:
@@ -35,7 +34,9 @@ class Encoders:
     """
 
     def __init__(self, state: dict[str, Any], path: Path, bert: str | None = None) -> None:
-        self.arguments = {key: state["arguments"][key] for key in KEPT} | ({} if bert is None else {"bert": bert})
+        self.arguments = {key: state["arguments"][key] for key in authors_checkpoint.KEPT}
+        if bert is not None:
+            self.arguments["bert"] = bert
         self.vocabulary: list[str] = state["vocabulary"]
         self.weights = {k: x for k, x in state["model"].items() if k.startswith(authors_checkpoint.ENCODERS)}
         size_of = checkpoint_checks.size_of
@@ -76,6 +77,8 @@ class Encoders:
         return any(i != self.encode.tokenizer.unk_token_id for i in self.encode(text, None)[1:-1])
 
     def _checked(self, features: np.ndarray) -> Tensor:
+        if features.dtype.kind not in "fiu":
+            raise ValueError(f"expected features that are numbers, got {features.dtype} {features.shape}")
         if features.ndim != 2 or features.shape[1] != self.feature_dim or not len(features):
             raise ValueError(
                 f"these encoders take (regions, {self.feature_dim}) features per image, got {features.shape}: "

@@ -13,7 +13,7 @@ from pathlib import Path
 import faiss
 import numpy as np
 from collection import Collection, Item, thumbnail
-from data_files import load_array
+from data_files import digest, load_array
 from pictures import feature_maps, open_picture, sheet
 from PIL import Image
 from saved_encoders import load_encoders, save_encoders
@@ -65,8 +65,16 @@ class Searcher:
         if not (folder / "items.json").is_file():
             raise FileNotFoundError(f"{folder}: expected an index, found no items.json: make one with --of")
         self.encoders = load_encoders(folder / "encoders.pt", bert)
-        self.index = faiss.read_index(str(folder / "index.faiss"))
-        self.items = [Item(*item) for item in json.loads((folder / "items.json").read_text("utf-8"))]
+        try:
+            content = json.loads((folder / "items.json").read_text("utf-8"))
+            stored = (folder / "index.faiss").read_bytes()
+            if content["sha256"] != digest([stored, json.dumps(content["items"])]):
+                raise ValueError("the contents do not fit their checksum")
+            self.index = faiss.deserialize_index(np.frombuffer(stored, np.uint8))
+            self.items = [Item(*item) for item in content["items"]]
+        except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:  # the last of faiss, or of deep JSON
+            reason = str(error).splitlines()[0] or type(error).__name__
+            raise ValueError(f"{folder}: expected a whole index ({reason}): make it again with --of") from error
         if (self.index.ntotal, self.index.d) != (len(self.items), self.encoders.arguments["embed_dim"]):
             raise ValueError(
                 f"{folder}: expected {len(self.items)} embeddings of {self.encoders.arguments['embed_dim']} numbers, "
@@ -114,7 +122,9 @@ def make_index(folder: Path, source: Path, encoders: Path, bert: str | None = No
     index.add(np.ascontiguousarray(embeddings))
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "items.json").unlink(missing_ok=True)  # written last: it says that the index is whole
-    faiss.write_index(index, str(folder / "index.faiss"))
+    stored, items = faiss.serialize_index(index).tobytes(), json.dumps(collection.items)
+    (folder / "index.faiss").write_bytes(stored)
     save_encoders(folder / "encoders.pt", model)
-    (folder / "items.json").write_text(json.dumps(collection.items), encoding="utf-8")
+    content = {"sha256": digest([stored, items]), "items": collection.items}
+    (folder / "items.json").write_text(json.dumps(content), encoding="utf-8")
     return collection.left_out
