@@ -90,7 +90,10 @@ MODULES = {
         ),
         association_inputs,
     ),
-    "RelationInteraction fusion": (lambda: RelationInteraction(D, num_heads=HEADS, dropout=0.0, gate=0.6), interaction_inputs),
+    "RelationInteraction fusion": (
+        lambda: RelationInteraction(D, num_heads=HEADS, dropout=0.0, gate=0.6),
+        interaction_inputs,
+    ),
     "RelationInteraction standalone": (
         lambda: RelationInteraction(D, num_heads=HEADS, dropout=0.0, gate=0.6, mechanism="standalone", num_layers=1),
         interaction_inputs,

@@ -18,9 +18,7 @@ class Row:
     relations: bool = False
     mechanism: str = "fusion"
     alignment: str = "cosine"
-    start: str = (
-        "residual"  # plain embedding + interaction; "gated": the library's, learned from 0; "bare": the latter alone
-    )
+    start: str = "residual"  # plain embedding + interaction; "bare": the latter alone; "gated": as the library has it
     exclude_positives: bool = False
     everyone_connected: bool = False  # ablation of A
     relevance: bool = True  # ablation of S
