@@ -275,7 +275,7 @@ def test_graph_quality_of_pairs_that_share_their_fragments(data, monkeypatch):
     assert all(-1 <= x <= 1 for x in found.values()) and json.dumps(found)
 
 
-@pytest.mark.parametrize("start", ["base", "again", "library", "residual", "centred", "zero", "tenth"])
+@pytest.mark.parametrize("start", ["base", "again", "library", "residual", "gate_tenth", "centred", "zero", "tenth"])
 def test_every_start_of_the_study_of_collapse_trains(data, start):
     got = collapse.train_start(data, start, "hardest-mean", lr=1e-3, clip=2, seed=0, steps=2, batch=16)
     assert 0 <= got["rsum"] <= 600 and math.isnan(got["cosine"]) == (start in ("base", "again"))
@@ -332,5 +332,5 @@ def test_summary_of_collapse_by_hand(capsys, tmp_path):
     found = [*lines("base", [100, 200]), *lines("library", [90, 220]), *lines("library", [1], lr="0.1")]
     assert collapse.ratios(found, "d", "library") == {("infonce", "0.001", "0", "0"): [0.9, 1.1]}
     rows = [[c.strip() for c in row.split("|")[1:-1]] for row in collapse.summary(found)[2:]]
-    assert rows[0] == ["d", "`library`", "0.001", "1", "2", "1.000", "1.000", "0", "1", "0.900"]
-    assert rows[1] == ["d", "`library`", "all", *rows[0][3:]] and len(rows) == 2
+    assert rows[0] == ["d", "0", "`library`", "0.001", "1", "2", "1.000", "1.000", "0", "1", "0.900"]
+    assert rows[1] == ["d", "0", "`library`", "all", *rows[0][4:]] and len(rows) == 2

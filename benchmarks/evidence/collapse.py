@@ -37,6 +37,9 @@ STARTS = {
     "bare": "the interaction's output alone, as in the release",
     "residual": "plain embedding + interaction's output, both normalised, without a gate",
     "residual_half": "the same, relational weights 0.5",
+    "residual_quarter": "the same, relational weights 0.25",
+    "residual_tenth": "the same, relational weights 0.1",
+    "gate_tenth": "as the library, but the gate is learned from 0.1",
     "centred": "the batch's mean taken from the enhanced embeddings",
     "zero": "bare, both branches of the layer zero at first",
     "tenth": "bare, a tenth of the learning rate for the relation modules",
@@ -70,14 +73,15 @@ def pair_loss(name: str) -> nn.Module:
 def hrem_loss(start: str, pair: nn.Module) -> HREMLoss:
     if start == "library":
         return HREMLoss(DIM, pair_loss=pair)
-    inner = RelationInteraction(DIM, residual=start.startswith("residual"), gate=None)
+    gate = 0.1 if start == "gate_tenth" else None
+    inner = RelationInteraction(DIM, residual=start.startswith("residual") or gate is not None, gate=gate)
     if start == "zero":
         with torch.no_grad():
             for layer in inner.layers:
                 for p in (layer.self_attn.out_proj.weight, layer.linear2.weight, layer.linear2.bias):  # type: ignore[union-attr]
                     p.zero_()  # type: ignore[operator]
     wrap = Centred if start == "centred" else None
-    weight = 0.5 if start == "residual_half" else 1.0
+    weight = {"residual_half": 0.5, "residual_quarter": 0.25, "residual_tenth": 0.1}.get(start, 1.0)
     return HREMLoss(
         DIM, graph=AssociationGraph(alignment="cosine"), interaction=inner if wrap is None else wrap(inner),
         pair_loss=pair, enhanced_weight=weight, cross_weight=weight,
@@ -156,20 +160,21 @@ def ratios(lines: Sequence[dict[str, str]], data: str, start: str) -> dict[tuple
 
 
 def summary(lines: Sequence[dict[str, str]]) -> list[str]:
-    """A table: per data set, start and rate the number of trainings and how their ratios to the pair loss alone lie."""
+    """A table: per data set, steps, start and rate the number of trainings and how their ratios to the pair loss alone
+    lie."""
     out = [
-        "| data | start | learning rate | conditions | trainings | mean ratio | lowest mean over seeds | below 0.95: "
-        "means over seeds | below 0.95: trainings | lowest training |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| data | steps | start | learning rate | conditions | trainings | mean ratio | lowest mean over seeds "
+        "| below 0.95: means over seeds | below 0.95: trainings | lowest training |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
-    for data in dict.fromkeys(x["data"] for x in lines):
+    for data, steps in dict.fromkeys((x["data"], x["steps"]) for x in lines):
         for start in (s for s in STARTS if s != "base"):
-            found = ratios(lines, data, start)
+            found = {k: v for k, v in ratios(lines, data, start).items() if k[3] == steps}
             for lr in [*sorted({k[1] for k in found}, key=float), *(["all"] if found else [])]:
                 part = [v for k, v in found.items() if lr in (k[1], "all")]
                 single = [r for v in part for r in v]
                 means = [sum(v) / len(v) for v in part]
-                cells = [data, f"`{start}`", lr, len(part), len(single), f"{sum(single) / len(single):.3f}",
+                cells = [data, steps, f"`{start}`", lr, len(part), len(single), f"{sum(single) / len(single):.3f}",
                          f"{min(means):.3f}", sum(m < 0.95 for m in means), sum(r < 0.95 for r in single),
                          f"{min(single):.3f}"]  # fmt: skip
                 out.append(f"| {' | '.join(map(str, cells))} |")
