@@ -104,7 +104,8 @@ class AssociationGraph(nn.Module):
             would otherwise leak into one another; the k nearest are chosen among the others. The standalone
             interaction then leaves out edges within a modality that would lead there over a third node.
             Holds for an interaction of one layer.
-        chunk_size: image-text pairs aligned at one time; see :func:`hrem_layers.align_fragments`.
+        chunk_size: image-text pairs aligned at one time; see :func:`hrem_layers.align_fragments`. An alignment of your
+            own sees to its memory itself.
         candidates: None = p, q and S for all N·M pairs, and a :class:`RelationGraph`. An integer k: a
             :class:`SparseRelationGraph` of at most k neighbours per row and block, in time and memory that grow as
             N·k but for the search of the neighbours. Across the modalities each row (an image and its texts, a text

@@ -168,6 +168,18 @@ def test_lightning(devices: int, tmp_path: Path) -> None:
     assert rsum(found) > 300, found  # chance: 128
 
 
+@pytest.mark.parametrize(("recipe", "reader"), [("pair_folder", "Pairs"), ("clip_relations", "Captions")])
+def test_a_folder_that_is_not_there_is_named(
+    recipe: str, reader: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if recipe == "clip_relations":
+        pytest.importorskip("transformers")
+    monkeypatch.syspath_prepend(RECIPES)
+    read = runpy.run_path(str(RECIPES / f"{recipe}.py"))[reader]
+    with pytest.raises(SystemExit, match=rf"error: {tmp_path}/mistyped has no file"):
+        read(tmp_path / "mistyped", *(["train"] if reader == "Pairs" else []))
+
+
 def test_retrieval_metric_counts_each_image_and_caption_once(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("torchmetrics")
     monkeypatch.syspath_prepend(RECIPES)

@@ -70,9 +70,9 @@ class Captions(Dataset[dict[str, object]]):
     """
 
     def __init__(self, folder: Path) -> None:
-        rows = [
-            json.loads(line) for line in (folder / "metadata.jsonl").read_text(encoding="utf-8").splitlines() if line
-        ]
+        if not (listed := folder / "metadata.jsonl").is_file():
+            raise SystemExit(f"error: {folder} has no file metadata.jsonl")
+        rows = [json.loads(line) for line in listed.read_text(encoding="utf-8").split("\n") if line.strip()]
         texts = [row["text"] if isinstance(row["text"], list) else [row["text"]] for row in rows]
         self.files = [folder / row["file_name"] for row in rows]
         self.items = [(image, text) for image, several in enumerate(texts) for text in several]

@@ -33,6 +33,9 @@ class Pairs(Dataset[tuple[int, np.ndarray, Tensor]]):
     """One item per caption: the image's number, its features (R, F) or (F,), the caption's word ids."""
 
     def __init__(self, folder: Path, split: str, words: Words | None = None) -> None:
+        for name in (f"{split}_caps.txt", f"{split}_ims.npy"):
+            if not (folder / name).is_file():
+                raise SystemExit(f"error: {folder} has no file {name}")
         self.captions = (folder / f"{split}_caps.txt").read_text(encoding="utf-8").strip("\n").split("\n")
         self.images = np.load(folder / f"{split}_ims.npy", mmap_mode="r")
         self.per_image, rest = divmod(len(self.captions), len(self.images))
