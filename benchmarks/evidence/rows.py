@@ -60,6 +60,7 @@ _TRIPLET = {
     "neighbors_half_k4": Row(neighbors="half", images_per_cluster=4),
     "neighbors_half_k16": Row(neighbors="half", images_per_cluster=16),
     "relations": _RELATIONS,
+    "relations_gated": replace(_RELATIONS, start="gated"),
     "relations_bare": replace(_RELATIONS, start="bare"),
     "relations_standalone": replace(_RELATIONS, mechanism="standalone"),
     "relations_scan": replace(_RELATIONS, alignment="scan"),
