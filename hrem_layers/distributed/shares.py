@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo  # torch.compiler.disable would load the whole compiler with this module
 
 from hrem_layers._core.batch import Batch
 from hrem_layers.distributed.collectives import (
@@ -51,7 +52,7 @@ class Shares(NamedTuple):
         rows = gather_shared(pad(fragments, 1, self._width(side)), self.sizes(side))
         return rows, self.gather_mask(side, fragments, mask)
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]  # sizes differ between processes
+    @_disable_dynamo  # sizes differ between processes
     def fetch_fragments(
         self, side: str, fragments: Tensor, mask: Tensor | None, index: Tensor
     ) -> tuple[Tensor, Tensor | None, Tensor]:
