@@ -13,6 +13,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hrem_layers import align_fragments
+from hrem_layers.alignment.block import _largest
 from hrem_layers.alignment.reference import align_by_loops
 
 MODES = ("scan", "cosine", "dot")
@@ -305,3 +306,18 @@ def test_operators_are_well_formed(masked):
             if isinstance(x, torch.Tensor) else x for x in args
         ]  # fmt: skip
         torch.library.opcheck(op, tuple(args), kwargs)
+
+
+@pytest.mark.parametrize("n", [1, 9, 31, 32, 36, 41, 49, 63, 64, 73, 100])
+@pytest.mark.parametrize("dim", [1, 3])
+def test_the_largest_of_a_row_is_that_of_amax(n, dim):
+    shape = (3, n, 4, 5) if dim == 1 else (3, 4, 5, n)
+    x = torch.randn(*shape).round(decimals=1)  # with equal values
+    x.view(-1)[::37] = torch.nan
+    x = x.transpose(0, 2) if n == 49 else x
+    out = torch.empty(x.amax(dim).shape)
+    for found in (_largest(x, dim), _largest(x, dim, out), out):
+        assert torch.equal(found.nan_to_num(9), x.amax(dim).nan_to_num(9))
+    leaf = torch.randn(*shape, requires_grad=True)
+    (grad,) = torch.autograd.grad(_largest(leaf, dim).sum(), leaf)
+    assert torch.equal(grad, (leaf == leaf.amax(dim, keepdim=True)).float())

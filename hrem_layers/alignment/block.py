@@ -29,6 +29,7 @@ from hrem_layers.alignment.pooling import pool, pool_backward
 from hrem_layers.alignment.scores import PairScores
 
 LEAKY_SLOPE = 0.1
+_AT_ONE_TIME = 32
 
 
 class Direction(NamedTuple):
@@ -86,8 +87,7 @@ def maxima(
 ) -> Tensor:
     """The largest of s / ‖s‖ over the ``real`` fragments that give (broadcasts to s; None = all), 0 if none is."""
     scaled = _scaled(s, inverse, real)
-    best = scaled.amax(direction.give) if out is None else torch.amax(scaled, direction.give, out=out)
-    return _drop_empty_(best, real, direction)
+    return _drop_empty_(_largest(scaled, direction.give, out), real, direction)
 
 
 def maxima_and_winners(
@@ -98,7 +98,7 @@ def maxima_and_winners(
     ``margin``: how far values that tie may be apart, a number or what broadcasts to the maxima.
     """
     scaled = _scaled(s, inverse, real)
-    best = scaled.amax(direction.give)
+    best = _largest(scaled, direction.give)
     winners = (scaled.clone() if scaled is s else scaled).ge_((best - margin).unsqueeze(direction.give))
     return _drop_empty_(best, real, direction), winners
 
@@ -181,6 +181,18 @@ def block_backward(
     to_regions = Part(share_(winners, grad_g, I2T), g, inverse_regions, I2T)
 
     similarity_grad(s, [to_words, to_regions], mode, out)
+
+
+def _largest(x: Tensor, dim: int, out: Tensor | None = None) -> Tensor:
+    """``amax``. On a CPU it takes 32 numbers of a row at one time and what is left over one by one, which for 49 takes
+    twice as long as the last 32 once more."""
+    n = x.shape[dim]
+    left = n % _AT_ONE_TIME
+    plain = x.device.type != "cpu" or torch.compiler.is_compiling() or (x.requires_grad and torch.is_grad_enabled())
+    if plain or x.stride(dim) != 1 or n < _AT_ONE_TIME or left <= _AT_ONE_TIME // 4:
+        return x.amax(dim) if out is None else torch.amax(x, dim, out=out)
+    first, last = x.narrow(dim, 0, n - left).amax(dim), x.narrow(dim, n - _AT_ONE_TIME, _AT_ONE_TIME).amax(dim)
+    return torch.maximum(first, last, out=first if out is None else out)
 
 
 def _scaled(s: Tensor, inverse: Tensor | None, real: Tensor | None) -> Tensor:

@@ -40,10 +40,10 @@ def pool(values: Tensor, real: Tensor | None, out_mean: Tensor, out_top: Tensor)
     if real is None:
         mean, top = values.mean(dim=-1), largest(values, k)
     else:
-        values = values.contiguous()  # words come transposed
-        count = real.sum(dim=-1)
-        mean = values.masked_fill(~real, 0).sum(dim=-1) / count.clamp(min=1)
-        top = largest(values.masked_fill(~real, -torch.inf), k).masked_fill(~_taken(count, k), 0)
+        count, padding = real.sum(dim=-1), ~real
+        filled = values.contiguous().masked_fill(padding, 0)  # words come transposed
+        mean = filled.sum(dim=-1) / count.clamp(min=1)
+        top = largest(filled.masked_fill_(padding, -torch.inf), k).masked_fill(~_taken(count, k), 0)
     out_mean.copy_(mean)
     out_top[..., :k].copy_(top)
 
