@@ -57,6 +57,8 @@ from hrem_layers.relations.sparse import (
 Alignment = Callable[[Tensor, Tensor, Tensor | None, Tensor | None, int], Scores]
 """``(image_fragments, text_fragments, image_mask, text_mask, topk) -> Scores``."""
 
+_ROUNDING = 4 * sys.float_info.epsilon
+
 
 class _Fragments(NamedTuple):
     """This process's own."""
@@ -397,7 +399,7 @@ class AssociationGraph(nn.Module):
 
     def _neighbors(self, count: int) -> int:
         share = count * self.neighbor_ratio
-        return max(1, int(share + 4 * sys.float_info.epsilon * share))  # 0.29 · 100 is 28.999999999999996
+        return max(1, int(share + _ROUNDING * share))  # 0.29 · 100 is 28.999999999999996
 
 
 def _assemble(i2i: Tensor, i2t: Tensor, t2i: Tensor, t2t: Tensor) -> Tensor:

@@ -381,7 +381,7 @@ class HREMLoss(nn.Module):
             idle.append(self.cross_pair_loss)
         if self.regularization_weight:
             regularize = cast(Callable[..., Tensor], self.graph.regularization)
-            kind = type(getattr(self.graph, "_orig_mod", self.graph))  # what torch.compile(graph) holds
+            kind = type(self.graph._modules.get("_orig_mod", self.graph))  # what torch.compile(graph) holds
             known = getattr(kind, "regularization", None) is AssociationGraph.regularization
             regularization = regularize(graph if known else _whole(graph), v, u, cosines=cosines)
             regularization = check_scalar("regularization", regularization, v.device)

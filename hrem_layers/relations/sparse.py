@@ -122,7 +122,8 @@ class SparseRelationGraph(NamedTuple):
             ValueError: another name.
         """
         check_choice("name", name, BLOCKS)
-        n, here = self.num_images, self.rows("i").here
+        n = self.num_images
+        here = n if self.exchange is None else self.rows("i").here
         rows = slice(None, here) if name[0] == "i" else slice(here, None)
         first, columns = (0, n) if name[2] == "i" else (n, self._texts())
         places = slice(None, self.within) if name[0] == name[2] else slice(self.within, None)
@@ -206,7 +207,9 @@ def list_divergence(
         learned, nobody = block.relevance.to(compute_dtype(dtype)), block.index < 0
         low = torch.finfo(dtype).min / 2  # −inf has no difference
         total = total + row_divergence(
-            learned.masked_fill(nobody, low), guide.masked_fill(nobody, low), rows=graph.rows(name[0]).total
+            learned.masked_fill(nobody, low),
+            guide.masked_fill(nobody, low),
+            rows=graph.num_images if name[0] == "i" else graph._texts(),
         )
     return (graph.exchange or ALONE).add_up(total)
 
@@ -260,10 +263,10 @@ def _check_nodes(graph: SparseRelationGraph, n: int, nodes: int) -> None:
 
 def count_texts(graph: object, n: int) -> int | str:
     """How many texts go with ``n`` images in this graph: as many, or what the graph says ("M" if it says nothing)."""
-    if not isinstance(graph, RelationGraph | SparseRelationGraph) or graph.num_images is None:
+    if not isinstance(graph, (RelationGraph, SparseRelationGraph)) or graph.num_images is None:
         return n
     if isinstance(graph, SparseRelationGraph):
-        return graph.rows("t").total if isinstance(graph.index, Tensor) else "M"
+        return graph._texts() if isinstance(graph.index, Tensor) else "M"
     return graph.connection.shape[0] - graph.num_images if isinstance(graph.connection, Tensor) else "M"
 
 
