@@ -30,8 +30,8 @@ split of that source. So its test split was drawn anew, from families of which n
 dev split or in the held-out part of that study (`splits/read/icons.txt` lists those); "first split" marks the tables
 from before. Test splits of openclipart and stamps were read after the choice, once per row.
 
-Rows with relations had the residual without a gate (`gate=None`), which was the default when they were run, but for those
-named `relations_gated`.
+Rows with relations had the residual without a gate (`gate=None`), which was the default when they were run, but for
+those named `relations_gated`.
 
 The data are drawings with names and keywords, frozen features of an ImageNet network and frozen word vectors below
 small trained encoders. They say nothing about the figures on Flickr30K or COCO.
