@@ -82,7 +82,7 @@ def _gradient_ratio(loss: HREMLoss, seen: Observed, graph: RelationGraph) -> flo
     if of_pairs == 0:
         return 1.0
     gate = getattr(loss.interaction, "learned_gate", None)  # as long as it is nearly closed the pairs pull little
-    opened = 1.0 if gate is None else abs(float(gate))
+    opened = 1.0 if gate is None else abs(float(gate.detach()))
     return loss.regularization_weight * of_reg / of_pairs * opened
 
 
