@@ -117,8 +117,7 @@ class RelationInteraction(nn.Module):
         return (
             f"{self.embed_dim}, mechanism={self.mechanism!r}, num_heads={self.num_heads}, "
             f"num_layers={self.num_layers}, ffn_dim={self.ffn_dim}, dropout={self.dropout}, "
-            f"relation_weight={self.relation_weight}, residual={self.residual}, "
-            f"gate={self.gate}"
+            f"relation_weight={self.relation_weight}, residual={self.residual}, gate={self.gate}"
         )
 
     def forward(self, image_embedding: Tensor, text_embedding: Tensor, graph: AnyGraph) -> tuple[Tensor, Tensor]:

@@ -75,11 +75,9 @@ def check_embeddings(
     image_embedding: Tensor, text_embedding: Tensor, image_index: Tensor | None, embed_dim: int | str, *, empty: bool
 ) -> None:
     """N images and M texts of one size; M = N unless ``image_index`` says which image each text describes."""
-    check_tensor("image_embedding", image_embedding, ("N", embed_dim))
-    n, device = image_embedding.shape[0], image_embedding.device
-    check_sides(image_embedding, text_embedding, n if image_index is None else "M", embed_dim)
+    check_sides(image_embedding, text_embedding, None if image_index is None else "M", embed_dim)
     if image_index is not None:
-        check_image_index(image_index, n, text_embedding.shape[0], device)
+        check_image_index(image_index, image_embedding.shape[0], text_embedding.shape[0], image_embedding.device)
     if not empty:
         for name, x in (("image_embedding", image_embedding), ("text_embedding", text_embedding)):
             if x.shape[0] < 1:

@@ -95,6 +95,11 @@ def describe(tensor: Tensor) -> str:
     return f"{shape}, {tensor.dtype}, {tensor.device}{layout}"
 
 
+def holds_values(tensor: Tensor) -> bool:
+    """Whether it is a dense tensor whose elements can be read."""
+    return tensor.layout == torch.strided and not (tensor.is_nested or tensor.is_quantized or tensor.is_meta)
+
+
 def check_tensor(
     name: str, tensor: object, shape: tuple[int | str, ...], *, device: torch.device | None = None
 ) -> Tensor:
@@ -107,13 +112,15 @@ def check_tensor(
     return checked
 
 
-def check_sides(image_embedding: Tensor, text_embedding: Tensor, count: int | str = "M", size: int | str = "D") -> None:
-    """Images (N, size) and texts (count, size) on one device, at least 1 wide."""
+def check_sides(
+    image_embedding: Tensor, text_embedding: Tensor, count: int | str | None = "M", size: int | str = "D"
+) -> None:
+    """Images (N, size) and texts (count, size; None = N) on one device, at least 1 wide."""
     check_tensor("image_embedding", image_embedding, ("N", size))
-    d = image_embedding.shape[1]
+    n, d = image_embedding.shape
     if d < 1:
         raise ValueError(f"image_embedding must be at least 1 wide, got {describe(image_embedding)}")
-    check_tensor("text_embedding", text_embedding, (count, d), device=image_embedding.device)
+    check_tensor("text_embedding", text_embedding, (n if count is None else count, d), device=image_embedding.device)
 
 
 def check_index_tensor(

@@ -97,8 +97,8 @@ class SparseRelationGraph(NamedTuple):
 
     def rows(self, sides: str = "it") -> Rows:
         """How the rows of images (``"i"``), texts (``"t"``) or both lie over the processes."""
-        counts = {"i": ("image", self.num_images), "t": ("text", self._texts())}
-        return Rows(self.exchange or ALONE, tuple(counts[side] for side in sides))
+        names = {"i": "image", "t": "text"}
+        return Rows(self.exchange or ALONE, tuple((names[side], self.total(side)) for side in sides))
 
     def whole(self) -> SparseRelationGraph:
         """With the rows of all processes."""
@@ -107,7 +107,11 @@ class SparseRelationGraph(NamedTuple):
         index, relevance, connection = (torch.cat(self.rows().collect(x)) for x in self[:3])
         return SparseRelationGraph(index, relevance, connection, *self[3:6], self.num_texts)
 
-    def _texts(self) -> int:
+    def total(self, side: str) -> int:
+        """Images (``"i"``) or texts (``"t"``) of all processes. (As much as the total of :meth:`rows`, which the
+        compiler of PyTorch 2.5 cannot trace.)"""
+        if side == "i":
+            return self.num_images
         return self.index.shape[0] - self.num_images if self.num_texts is None else self.num_texts
 
     @property
@@ -125,7 +129,7 @@ class SparseRelationGraph(NamedTuple):
         n = self.num_images
         here = n if self.exchange is None else self.rows("i").here
         rows = slice(None, here) if name[0] == "i" else slice(here, None)
-        first, columns = (0, n) if name[2] == "i" else (n, self._texts())
+        first, columns = (0, n) if name[2] == "i" else (n, self.total("t"))
         places = slice(None, self.within) if name[0] == name[2] else slice(self.within, None)
         index, relevance, connection = (x[rows, places] for x in self[:3])
         width = min(index.shape[1], columns)  # what no row can fill
@@ -209,7 +213,7 @@ def list_divergence(
         total = total + row_divergence(
             learned.masked_fill(nobody, low),
             guide.masked_fill(nobody, low),
-            rows=graph.num_images if name[0] == "i" else graph._texts(),
+            rows=graph.total(name[0]),
         )
     return (graph.exchange or ALONE).add_up(total)
 
@@ -266,7 +270,7 @@ def count_texts(graph: object, n: int) -> int | str:
     if not isinstance(graph, (RelationGraph, SparseRelationGraph)) or graph.num_images is None:
         return n
     if isinstance(graph, SparseRelationGraph):
-        return graph._texts() if isinstance(graph.index, Tensor) else "M"
+        return graph.total("t") if isinstance(graph.index, Tensor) else "M"
     return graph.connection.shape[0] - graph.num_images if isinstance(graph.connection, Tensor) else "M"
 
 

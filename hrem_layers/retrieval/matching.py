@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hrem_layers._core.checks import check_choice, check_int, describe, said
+from hrem_layers._core.checks import check_choice, check_int, describe, holds_values, said
 
 Ids = Tensor | np.ndarray | Sequence[int]
 Captions = int | Tensor | np.ndarray | Sequence[int]
@@ -114,7 +114,7 @@ def _id_tensor(name: str, ids: object, count: int, device: torch.device) -> Tens
 def _whole_numbers(name: str, values: object, wanted: str) -> np.ndarray:
     """An array of NumPy's own integers, of any shape."""
     if isinstance(values, Tensor):
-        if values.layout != torch.strided or values.is_nested or values.device.type == "meta" or values.is_quantized:
+        if not holds_values(values):
             raise TypeError(f"{name} must be {wanted}, got {said(values)}")
         values = values.detach().cpu()
         values = values.float().numpy() if values.is_floating_point() else values.numpy()

@@ -7,10 +7,9 @@ from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from torch import Tensor
 
-from hrem_layers._core.checks import check_bool, check_int, describe, said
+from hrem_layers._core.checks import check_bool, check_int, describe, holds_values, said
 from hrem_layers.sampler.arrays import Ints
 from hrem_layers.sampler.epoch import State
 from hrem_layers.sampler.features import check_features
@@ -64,7 +63,7 @@ def _whole_numbers(name: str, values: object) -> Ints:
 
 def _as_array(wanted: str, values: object) -> npt.NDArray[np.generic]:
     if isinstance(values, Tensor):
-        if values.is_nested or values.layout != torch.strided or values.is_quantized or values.is_meta:
+        if not holds_values(values):
             raise TypeError(f"{wanted}, got {describe(values)}")
         if values.dtype.is_floating_point or values.dtype.is_complex:
             raise TypeError(f"{wanted}, got {values.dtype}")

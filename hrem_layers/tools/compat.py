@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 from torch.serialization import get_safe_globals, safe_globals
 
+from hrem_layers._core.checks import holds_values
 from hrem_layers.fragments import FragmentRelation
 from hrem_layers.tools import release
 
@@ -234,7 +235,7 @@ def _rename(path: Path, where: str, weights: Any, parts: Mapping[str, str]) -> d
             unknown.append(str(key))
         elif not isinstance(value, Tensor):
             raise _fault(path, f"{where}: {key}: expected a tensor, found {type(value).__name__}")
-        elif value.layout != torch.strided or value.is_nested or value.is_quantized or value.is_meta:
+        elif not holds_values(value):
             raise _fault(path, f"{where}: {key}: expected a dense tensor with values, found another kind of tensor")
         elif parts[theirs] and not value.is_floating_point():
             raise _fault(path, f"{where}: {key}: expected floating point numbers, found {value.dtype}")
