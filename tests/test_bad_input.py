@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks" / "reliability"))
+sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks" / "reliability"))
 
 bad_input = pytest.importorskip("bad_input")
 CASES = list(bad_input.cases())
