@@ -51,7 +51,17 @@ class Row:
         }
 
 
-_RELATIONS = Row(relations=True)
+_RELATIONS = Row(relations=True)  # as they were before the gate: the first rows that were read
+_GATED = replace(_RELATIONS, start="gated")
+_CHANGES: dict[str, dict[str, Any]] = {
+    "_standalone": {"mechanism": "standalone"},
+    "_scan": {"alignment": "scan"},
+    "_exclude": {"exclude_positives": True},
+    "_no_A": {"everyone_connected": True},
+    "_no_S": {"relevance": False},
+    "_no_reg": {"regularization": False},
+    "_no_cross": {"cross": False},
+}
 _TRIPLET = {
     "base": Row(),
     "base_large_batch": Row(batch_factor=4),
@@ -60,15 +70,11 @@ _TRIPLET = {
     "neighbors_half_k4": Row(neighbors="half", images_per_cluster=4),
     "neighbors_half_k16": Row(neighbors="half", images_per_cluster=16),
     "relations": _RELATIONS,
-    "relations_gated": replace(_RELATIONS, start="gated"),
     "relations_bare": replace(_RELATIONS, start="bare"),
-    "relations_standalone": replace(_RELATIONS, mechanism="standalone"),
-    "relations_scan": replace(_RELATIONS, alignment="scan"),
-    "relations_exclude": replace(_RELATIONS, exclude_positives=True),
-    "relations_no_A": replace(_RELATIONS, everyone_connected=True),
-    "relations_no_S": replace(_RELATIONS, relevance=False),
-    "relations_no_reg": replace(_RELATIONS, regularization=False),
-    "relations_no_cross": replace(_RELATIONS, cross=False),
+    **{f"relations{ending}": replace(_RELATIONS, **change) for ending, change in _CHANGES.items()},
+    "relations_gated": _GATED,
+    **{f"gated{ending}": replace(_GATED, **change) for ending, change in _CHANGES.items()},
+    "gated_neighbors": replace(_GATED, neighbors="half"),
     "both": replace(_RELATIONS, neighbors="half"),
 }
 ROWS = {name + ending: replace(row, pair=pair) for pair, ending in (("triplet", ""), ("infonce", "_infonce"))
