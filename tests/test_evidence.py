@@ -14,11 +14,12 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks.evidence import collapse, effects, families, read_test, store, synthetic, tables
 from benchmarks.evidence.__main__ import draw_settings, label, run
+from benchmarks.evidence.encoders import Pair
 from benchmarks.evidence.graph_quality import measure, percentile_of_own
 from benchmarks.evidence.loaded import load
 from benchmarks.evidence.rows import ROWS
 from benchmarks.evidence.statistics import paired, summarize, t_cdf, t_quantile
-from benchmarks.evidence.training import Pair, evaluate, make_batches
+from benchmarks.evidence.training import evaluate, make_batches
 
 TINY = {"sizes": (80, 40, 40), "regions": 5, "dim": 16}
 

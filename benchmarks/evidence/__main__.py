@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from benchmarks.evidence import folders, store
+from benchmarks.evidence.encoders import KINDS
 from benchmarks.evidence.loaded import Loaded, load
 from benchmarks.evidence.rows import ROWS
 from benchmarks.evidence.training import Trained, evaluate, train
@@ -39,10 +40,12 @@ def draw_settings(number: int) -> dict[str, Any]:
     }
 
 
-def label(data: str, *, noise: float, share: float) -> str:
-    """What column "data" says: ``icons``, ``icons+noise40``, ``icons+share25``; a folder by its name."""
+def label(data: str, *, noise: float, share: float, encoders: str = "heads") -> str:
+    """What column "data" says: ``icons``, ``icons+trainable+noise40+share25``; a folder by its name."""
     name = data if data in folders.DATA else Path(data).resolve().name
-    parts = [name, *([f"noise{100 * noise:.0f}"] if noise else []), *([f"share{100 * share:.0f}"] if share < 1 else [])]
+    parts = [name, *([encoders] if encoders != "heads" else [])]
+    parts += [f"noise{100 * noise:.0f}"] if noise else []
+    parts += [f"share{100 * share:.0f}"] if share < 1 else []
     return "+".join(parts)
 
 
@@ -57,8 +60,9 @@ def best_settings(lines: list[store.Line], data: str, row: str) -> dict[str, Any
 
 
 def run(
-    data: Loaded, name: str, rows: list[str], *, seeds: int, budget: int, epochs: int, results: Path, cache: Path
-) -> None:
+    data: Loaded, name: str, rows: list[str], *, seeds: int, budget: int, epochs: int, results: Path, cache: Path,
+    encoders: str = "heads",
+) -> None:  # fmt: skip
     """All trainings that ``results`` does not hold yet: first the search of every row, then seed by seed."""
     done = {x.key for x in store.read(results)}
     commit = store.commit()
@@ -67,7 +71,7 @@ def run(
         settings = {**settings, "epochs": epochs}
         if (name, row, seed, split, store.as_json(settings)) in done:
             return
-        trained: Trained = train(data, ROWS[row], settings, seed=seed, epochs=epochs)
+        trained: Trained = train(data, ROWS[row], settings, seed=seed, epochs=epochs, encoders=encoders)
         if split == "dev":
             path = weights_path(cache, name, row, seed)
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -93,6 +97,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--captions-per-image", type=int, help="of a folder [5]")
     p.add_argument("--noise", type=float, default=0.0, help="share of the training captions shuffled among images")
     p.add_argument("--share", type=float, default=1.0, help="share of the training images that are used")
+    p.add_argument("--encoders", choices=KINDS, default="heads",
+                   help="heads on frozen features, or a CNN and a GRU that train as well [%(default)s]")  # fmt: skip
     p.add_argument("--cache-dir", type=Path, default=CACHE, help="packages, features, weights [%(default)s]")
     return p
 
@@ -102,10 +108,11 @@ def load_named(arguments: argparse.Namespace) -> tuple[Loaded, str]:
         value = getattr(arguments, name)
         if not low <= value <= 1:
             raise ValueError(f"--{name}: expected a share from {low:g} to 1, got {value}")
-    folder = folders.prepare(arguments.data, arguments.cache_dir.expanduser())
+    pixels = arguments.encoders == "trainable"
+    folder = (folders.prepare_pixels if pixels else folders.prepare)(arguments.data, arguments.cache_dir.expanduser())
     captions = arguments.captions_per_image or folders.CAPTIONS.get(arguments.data, 5)
-    data = load(folder, captions, noise=arguments.noise, share=arguments.share)
-    return data, label(arguments.data, noise=arguments.noise, share=arguments.share)
+    data = load(folder, captions, noise=arguments.noise, share=arguments.share, pixels=pixels)
+    return data, label(arguments.data, noise=arguments.noise, share=arguments.share, encoders=arguments.encoders)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -122,7 +129,7 @@ def main(argv: list[str] | None = None) -> None:
     data, name = load_named(arguments)
     run(
         data, name, arguments.rows, seeds=arguments.seeds, budget=arguments.budget, epochs=arguments.epochs,
-        results=arguments.results, cache=arguments.cache_dir.expanduser(),
+        results=arguments.results, cache=arguments.cache_dir.expanduser(), encoders=arguments.encoders,
     )  # fmt: skip
 
 

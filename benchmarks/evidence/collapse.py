@@ -23,8 +23,9 @@ from torch import Tensor, nn
 
 from benchmarks.evidence import folders, store
 from benchmarks.evidence.__main__ import CACHE
+from benchmarks.evidence.encoders import DIM, Pair
 from benchmarks.evidence.loaded import Loaded, load
-from benchmarks.evidence.training import DIM, Pair, evaluate
+from benchmarks.evidence.training import evaluate
 from hrem_layers import AssociationGraph, HREMLoss, InfoNCELoss, RelationInteraction, TripletLoss
 from hrem_layers._core.numerics import cosine_matrix, l2_normalize
 from hrem_layers.relations import RelationGraph

@@ -10,6 +10,7 @@ import numpy as np
 from benchmarks.evidence import families, sources, synthetic
 
 SIZE = 96  # pixels: 9 grid cells of EfficientNet-Lite0
+SMALL = 32  # pixels: 16 regions of the small CNN
 SEEDS = {"icons": 1}  # of the split [0]
 HELD_OUT = {"icons": (500, 1000), "openclipart": (200, 500), "stamps": (100, 200)}  # about so many for dev, test
 CAPTIONS = {"icons": 2, "icons_split1": 2, "openclipart": 1, "stamps": 1, "emoji": 5, "synthetic": 1}
@@ -39,6 +40,26 @@ def prepare(data: str, cache: Path) -> Path:
         else:
             _write_source(data, cache, folder)
         (folder / "whole").touch()
+    return folder
+
+
+def prepare_pixels(data: str, cache: Path) -> Path:
+    """:func:`prepare`, and beside the features ``{split}_pixels.npy`` (n, 32, 32, 3) uint8, made if they are not there.
+
+    Raises:
+        ValueError, RuntimeError: as :func:`prepare`; or a data set without pictures of its own.
+    """
+    folder = prepare(data, cache)
+    names = ("train", "dev", "test")
+    if data not in DATA or all((folder / f"{name}_pixels.npy").is_file() for name in names):
+        return folder
+    source = data.removesuffix("_split1")
+    if source not in sources.SOURCES:
+        raise ValueError(f"--encoders trainable: expected one of {', '.join(sources.SOURCES)} or a folder, got {data}")
+    paths = {p.name: p.path for p in sources.SOURCES[source](cache)}
+    for name in names:
+        listed = (folder / f"{name}_names.txt").read_text(encoding="utf-8").splitlines()
+        np.save(folder / f"{name}_pixels.npy", np.stack([_draw(paths[x], SMALL) for x in listed]))
     return folder
 
 

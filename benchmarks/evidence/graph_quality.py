@@ -14,9 +14,10 @@ from torch import Tensor
 
 from benchmarks.evidence import folders, store
 from benchmarks.evidence.__main__ import CACHE, draw_settings
+from benchmarks.evidence.encoders import Pair
 from benchmarks.evidence.loaded import Loaded, Split, load
 from benchmarks.evidence.rows import ROWS
-from benchmarks.evidence.training import Pair, train
+from benchmarks.evidence.training import train
 from hrem_layers.alignment import align_fragments
 
 BATCH = 128

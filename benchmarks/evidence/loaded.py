@@ -20,6 +20,7 @@ class Split(NamedTuple):
     images: Tensor  # [n, r, f]
     tokens: Tensor  # [m, w] rows of the vectors, 0 = padding
     owner: Tensor  # [m]
+    pixels: Tensor | None = None  # [n, 3, s, s] uint8
 
     @property
     def mask(self) -> Tensor:
@@ -33,13 +34,19 @@ class Loaded(NamedTuple):
     vectors: Tensor  # [words + 1, d]; row 0 is padding
 
 
-def load(folder: Path, captions_per_image: int, *, noise: float = 0.0, share: float = 1.0) -> Loaded:
+def load(
+    folder: Path, captions_per_image: int, *, noise: float = 0.0, share: float = 1.0, pixels: bool = False
+) -> Loaded:
     """
     Args:
         folder: in the field's precomputed form; ``word_vectors.npz`` is used if it is there, else WordLlama's.
         captions_per_image: of every split.
         noise: share of the training captions that are shuffled among the images, in [0, 1].
         share: share of the training images that are kept, in (0, 1].
+        pixels: read ``{split}_pixels.npy`` as well, (n, s, s, 3) uint8.
+
+    Raises:
+        ValueError: the pixels are not there, or others than that.
     """
     from pair_data import load_pairs
     from text_tokens import words
@@ -64,8 +71,20 @@ def load(folder: Path, captions_per_image: int, *, noise: float = 0.0, share: fl
             tokens[i, : len(ids)] = torch.tensor(ids)
         if name == "train" and noise:
             tokens = _shuffled(tokens, noise)
-        out[name] = Split(project(features), tokens, torch.arange(len(captions)) // captions_per_image)
+        owner = torch.arange(len(captions)) // captions_per_image
+        drawn = _pixels(folder / f"{name}_pixels.npy", p.num_images)[torch.from_numpy(chosen)] if pixels else None
+        out[name] = Split(project(features), tokens, owner, drawn)
     return Loaded(out["train"], out["dev"], out["test"], vectors)
+
+
+def _pixels(path: Path, n: int) -> Tensor:
+    """(n, 3, s, s) uint8."""
+    if not path.is_file():
+        raise ValueError(f"pixels: expected a file {path} of shape ({n}, s, s, 3) and type uint8, found none")
+    x = np.load(path, allow_pickle=False)
+    if x.dtype != np.uint8 or x.ndim != 4 or x.shape[0] != n or x.shape[1] != x.shape[2] or x.shape[3] != 3:
+        raise ValueError(f"{path}: expected shape ({n}, s, s, 3) and type uint8, got {x.shape} and {x.dtype}")
+    return torch.from_numpy(x).permute(0, 3, 1, 2).contiguous()
 
 
 def _shuffled(tokens: Tensor, noise: float) -> Tensor:

@@ -16,9 +16,10 @@ from torch import Tensor
 
 from benchmarks.evidence import store
 from benchmarks.evidence.__main__ import load_named, parser, weights_path
+from benchmarks.evidence.encoders import make_pair
 from benchmarks.evidence.loaded import Loaded
 from benchmarks.evidence.rows import ROWS
-from benchmarks.evidence.training import Pair, evaluate
+from benchmarks.evidence.training import evaluate
 from hrem_layers._core.numerics import l2_normalize
 from hrem_layers.retrieval import retrieval_metrics
 
@@ -64,7 +65,9 @@ def _one_way(queries: Tensor, gallery: Tensor, ids: Tensor, gallery_ids: Tensor)
     return {"r1": m.r1, "r5": m.r5, "r10": m.r10}
 
 
-def read_row(data: Loaded, name: str, row: str, *, results: Path, readings: Path, cache: Path) -> list[store.Line]:
+def read_row(
+    data: Loaded, name: str, row: str, *, results: Path, readings: Path, cache: Path, encoders: str = "heads"
+) -> list[store.Line]:
     """The new lines of one row, which are appended to ``results``.
 
     Raises:
@@ -85,7 +88,7 @@ def read_row(data: Loaded, name: str, row: str, *, results: Path, readings: Path
     asked = subsets(data)
     lines = []
     for line, path in zip(trained, paths, strict=True):
-        model = Pair(data, 0.0)
+        model = make_pair(encoders, data, 0.0)
         model.load_state_dict(torch.load(path, weights_only=True)["state"])
         v, u = model.embed(data.test)
         owner, end = data.test.owner, line._replace(split="test", commit=store.commit())
@@ -114,7 +117,7 @@ def main(argv: list[str] | None = None) -> None:
     for row in arguments.rows:
         lines = read_row(
             data, name, row, results=arguments.results, readings=arguments.readings,
-            cache=arguments.cache_dir.expanduser(),
+            cache=arguments.cache_dir.expanduser(), encoders=arguments.encoders,
         )  # fmt: skip
         whole = [x.metrics["rsum"] for x in lines if x.split == "test"]
         print(f"{name} {row}: test rSum {sum(whole) / len(whole):.1f}, mean of {len(whole)}")

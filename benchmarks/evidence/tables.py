@@ -38,7 +38,11 @@ small trained encoders. They say nothing about the figures on Flickr30K or COCO.
 `python -m benchmarks.evidence --data FOLDER` makes the same table of any data in the field's precomputed form.
 """
 NAMES = {"icons_split1": "icons, first split (read before the form of the interaction was chosen)"}
-DATA_NOTES = {"noise": "{}% of the training captions shuffled among the images", "share": "{}% of the training images"}
+DATA_NOTES = {
+    "trainable": "CNN and GRU trained from scratch",
+    "noise": "{}% of the training captions shuffled among the images",
+    "share": "{}% of the training images",
+}
 
 
 def base_of(row: str) -> str:

@@ -10,47 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from benchmarks.evidence.encoders import DIM, Pair, make_pair
 from benchmarks.evidence.loaded import Loaded, Split
 from benchmarks.evidence.rows import Row
-from hrem_layers import FragmentRelation, HREMLoss, InfoNCELoss, NeighborBatchSampler, TripletLoss, retrieval_metrics
+from hrem_layers import HREMLoss, InfoNCELoss, NeighborBatchSampler, TripletLoss, retrieval_metrics
 from hrem_layers._core.numerics import cosine_matrix, l2_normalize
-
-DIM, HEADS = 128, 8
-
-
-class Encoder(nn.Module):
-    """Fragments -> linear -> FragmentRelation."""
-
-    def __init__(self, width: int, dropout: float) -> None:
-        super().__init__()
-        self.linear = nn.Linear(width, DIM)
-        self.relation = FragmentRelation(DIM, num_heads=HEADS, dropout=dropout)
-
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        fragments = self.linear(x)
-        return self.relation(fragments, mask), fragments
-
-
-class Pair(nn.Module):
-    """Both encoders; the word vectors stay as they are and are no part of the state."""
-
-    def __init__(self, data: Loaded, dropout: float) -> None:
-        super().__init__()
-        self.image = Encoder(data.train.images.shape[2], dropout)
-        self.text = Encoder(data.vectors.shape[1], dropout)
-        self.register_buffer("vectors", data.vectors, persistent=False)
-
-    def forward(self, images: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        v, regions = self.image(images)
-        u, words = self.text(self.vectors[tokens], tokens > 0)
-        return v, u, regions, words
-
-    @torch.no_grad()
-    def embed(self, split: Split) -> tuple[Tensor, Tensor]:
-        self.eval()
-        v = torch.cat([self.image(x)[0] for x in split.images.split(500)])
-        u = torch.cat([self.text(self.vectors[t], t > 0)[0] for t in split.tokens.split(500)])
-        return v, u
 
 
 class Trained(NamedTuple):
@@ -58,21 +22,24 @@ class Trained(NamedTuple):
     seconds: float
 
 
-def train(data: Loaded, row: Row, settings: dict[str, Any], *, seed: int, epochs: int) -> Trained:
+def train(
+    data: Loaded, row: Row, settings: dict[str, Any], *, seed: int, epochs: int, encoders: str = "heads"
+) -> Trained:
     """``epochs`` passes over the images, one caption each; the learning rate falls linearly to 0."""
     start = time.process_time()
     torch.manual_seed(seed)
-    model = Pair(data, settings["dropout"]).train()
+    model = make_pair(encoders, data, settings["dropout"]).train()
     loss = make_loss(row, settings)
     parameters = [*model.parameters(), *loss.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=settings["lr"], weight_decay=1e-4)
     batches = list(make_batches(data.train, row, settings, seed=seed, epochs=epochs))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / len(batches))
+    pictures = model.pictures(data.train)
     for i in batches:
         owner = data.train.owner[i]
         tokens = data.train.tokens[i]
         tokens = tokens[:, : int((tokens > 0).sum(dim=1).max())]
-        v, u, regions, words = model(data.train.images[owner], tokens)
+        v, u, regions, words = model(pictures[owner], tokens)
         if isinstance(loss, HREMLoss):
             total = loss(v, u, regions, words, None, tokens > 0, owner)
         else:
