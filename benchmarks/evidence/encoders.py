@@ -74,7 +74,7 @@ class TrainablePair(Pair):
             _block(128, 128), _block(128, 128),
         )  # fmt: skip
         self.image = Encoder(128, dropout)
-        self.words = nn.Embedding.from_pretrained(data.vectors, freeze=False, padding_idx=0)
+        self.words = nn.Embedding.from_pretrained(data.vectors.clone(), freeze=False, padding_idx=0)
         self.gru = nn.GRU(data.vectors.shape[1], DIM, batch_first=True, bidirectional=True)
         self.text = Encoder(DIM, dropout)
 

@@ -78,7 +78,8 @@ def read_row(
             for old in csv.DictReader(file):
                 if (old["data"], old["row"]) == (name, row):
                     raise RuntimeError(f"{row} on {name}: the test split was read at {old['time']}, and once is all")
-    trained = [x for x in store.read(results) if (x.data, x.row, x.split) == (name, row, "dev")]
+    # the last training of each seed, whose weights are there
+    trained = list({x.seed: x for x in store.read(results) if (x.data, x.row, x.split) == (name, row, "dev")}.values())
     if not trained:
         raise RuntimeError(f"{row} on {name}: expected trainings in {results}, found none")
     paths = [weights_path(cache, name, row, x.seed) for x in trained]

@@ -6,6 +6,7 @@ import inspect
 from dataclasses import dataclass, replace
 from typing import Any
 
+from benchmarks.evidence.soft_targets import TEACHERS
 from hrem_layers import AssociationGraph, RelationInteraction
 
 
@@ -24,6 +25,7 @@ class Row:
     relevance: bool = True  # ablation of S
     regularization: bool = True
     cross: bool = True
+    soft: str = ""  # a teacher of soft_targets.py, on InfoNCE
 
     def hrem_options(self, dim: int, settings: dict[str, Any]) -> dict[str, Any]:
         graph: dict[str, Any] = {"alignment": self.alignment}
@@ -79,4 +81,6 @@ _TRIPLET = {
 }
 ROWS = {name + ending: replace(row, pair=pair) for pair, ending in (("triplet", ""), ("infonce", "_infonce"))
         for name, row in _TRIPLET.items()}  # fmt: skip
+ROWS |= {f"soft_{teacher}_infonce": Row(pair="infonce", soft=teacher) for teacher in TEACHERS}
+ROWS["soft_relations_infonce"] = replace(_GATED, pair="infonce", soft="relations", exclude_positives=True)
 ROWS["recipe"] = ROWS["relations"]  # fixed on the first split of the icons; how it did since: docs/results.md

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from benchmarks.evidence.encoders import DIM, Pair, make_pair
 from benchmarks.evidence.loaded import Loaded, Split
 from benchmarks.evidence.rows import Row
+from benchmarks.evidence.soft_targets import SoftTargetLoss
 from hrem_layers import HREMLoss, InfoNCELoss, NeighborBatchSampler, TripletLoss, retrieval_metrics
 from hrem_layers._core.numerics import cosine_matrix, l2_normalize
 
@@ -40,7 +41,9 @@ def train(
         tokens = data.train.tokens[i]
         tokens = tokens[:, : int((tokens > 0).sum(dim=1).max())]
         v, u, regions, words = model(pictures[owner], tokens)
-        if isinstance(loss, HREMLoss):
+        if isinstance(loss, SoftTargetLoss):
+            total = loss(v, u, regions, words, tokens > 0, owner, data.vectors[tokens])
+        elif isinstance(loss, HREMLoss):
             total = loss(v, u, regions, words, None, tokens > 0, owner)
         else:
             total = loss(cosine_matrix(l2_normalize(v), l2_normalize(u)), owner.unsqueeze(1) == owner)
@@ -59,9 +62,10 @@ def make_loss(row: Row, settings: dict[str, Any]) -> nn.Module:
         pair = InfoNCELoss(settings["temperature"])
     else:
         pair = TripletLoss(settings["margin"], reduction="mean")
-    if not row.relations:
-        return pair
-    return HREMLoss(DIM, pair_loss=pair, **row.hrem_options(DIM, settings))
+    hrem = HREMLoss(DIM, pair_loss=pair, **row.hrem_options(DIM, settings)) if row.relations else None
+    if row.soft:
+        return SoftTargetLoss(row.soft, settings["temperature"], hrem)
+    return pair if hrem is None else hrem
 
 
 def make_batches(split: Split, row: Row, settings: dict[str, Any], *, seed: int, epochs: int) -> Iterator[Tensor]:
