@@ -13,7 +13,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks.evidence import collapse, effects, families, read_test, store, synthetic, tables
-from benchmarks.evidence.__main__ import draw_settings, label, run
+from benchmarks.evidence.__main__ import best_settings, draw_settings, label, run
 from benchmarks.evidence.encoders import Pair
 from benchmarks.evidence.graph_quality import measure, percentile_of_own
 from benchmarks.evidence.loaded import load
@@ -187,6 +187,18 @@ def test_evaluation_knows_a_perfect_model():
 
 def test_settings_are_the_same_for_everyone():
     assert draw_settings(3) == draw_settings(3) != draw_settings(4)
+
+
+def test_best_settings_have_the_highest_mean_over_the_searchs_seeds():
+    def tried(lr, *totals, epochs=8):
+        settings = {"lr": lr, "epochs": epochs}
+        return [
+            line(split="search", seed=1000 + i, metrics={"rsum": x}, settings=settings) for i, x in enumerate(totals)
+        ]
+
+    lines = [*tried(0.1, 30, 10, 11), *tried(0.2, 20, 21, 19), *tried(0.3, 99, epochs=16), *tried(0.4, 90)]
+    assert best_settings(lines, "d", "base", 8) == {"lr": 0.2}  # one seed of 0.4 is not three
+    assert best_settings(lines, "d", "base", 16) == {"lr": 0.3}
 
 
 def test_label_names_the_regime():
