@@ -1,8 +1,9 @@
 """Search, then train afresh: python -m benchmarks.evidence --data icons --rows base recipe --seeds 8 --budget 4
 
 Every row gets the same random settings (``--budget`` of them, each trained ``--search-seeds`` times), the best mean on
-dev is then trained with ``--seeds`` fresh seeds. One line per training goes to results.csv; what is there is not trained again. The weights of the fresh ones
-wait in the cache folder until ``python -m benchmarks.evidence.read_test`` reads the test split, once per row.
+dev is then trained with ``--seeds`` fresh seeds. One line per training goes to results.csv; what is there is not
+trained again. The weights of the fresh ones wait in the cache folder until ``python -m benchmarks.evidence.read_test``
+reads the test split, once per row.
 """
 
 from __future__ import annotations
