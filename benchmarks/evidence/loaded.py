@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.evidence import sources  # noqa: F401  puts examples/ on the path
+from hrem_layers._core.masked import masked_mean, zero_padding
 
 if TYPE_CHECKING:
     from pair_data import Pairs
@@ -26,10 +27,19 @@ class Split(NamedTuple):
     tokens: Tensor  # [m, w] rows of the vectors, 0 = padding
     owner: Tensor  # [m]
     pixels: Tensor | None = None  # [n, 3, s, s] uint8
+    region_mask: Tensor | None = None  # [n, r] bool; None = all real
 
     @property
     def mask(self) -> Tensor:
         return self.tokens > 0
+
+    def masked(self, images: Tensor) -> Tensor | None:
+        """Which regions of these images (indices) are real."""
+        return None if self.region_mask is None else self.region_mask[images]
+
+    def means(self) -> Tensor:
+        """(n, f): of each image its mean region."""
+        return masked_mean(self.images, self.region_mask)
 
 
 class Loaded(NamedTuple):
@@ -71,7 +81,14 @@ def load(
         def features(which: np.ndarray, p: Pairs = p) -> np.ndarray:
             return np.stack([p.features.row(int(i) * p.rows_per_image) for i in which])
 
-        project = project or _principal_components(features(chosen[:: max(1, len(chosen) // SAMPLE)]))
+        mask = None
+        if p.lengths is not None:
+            lengths = p.lengths[chosen * p.rows_per_image]
+            mask = torch.from_numpy(np.arange(p.features.shape[1]) < lengths[:, None])
+        if project is None:
+            some = slice(None, None, max(1, len(chosen) // SAMPLE))
+            real = slice(None) if mask is None else mask[some].numpy()
+            project = _principal_components(features(chosen[some])[real])
         # a few at a time: the features of a large data set as they are may not fit into memory
         images = torch.cat([project(features(part)) for part in np.split(chosen, range(500, len(chosen), 500))])
         captions = [c for i in chosen for c in said[name][i * captions_per_image : (i + 1) * captions_per_image]]
@@ -83,7 +100,7 @@ def load(
             tokens = _shuffled(tokens, noise)
         owner = torch.arange(len(captions)) // captions_per_image
         drawn = _pixels(folder / f"{name}_pixels.npy", p.num_images)[torch.from_numpy(chosen)] if pixels else None
-        out[name] = Split(images, tokens, owner, drawn)
+        out[name] = Split(zero_padding(images, mask), tokens, owner, drawn, mask)
     return Loaded(out["train"], out["dev"], out["test"], vectors)
 
 
