@@ -204,6 +204,8 @@ def test_best_settings_have_the_highest_mean_over_the_searchs_seeds():
 def test_label_names_the_regime():
     assert label("icons", noise=0.4, share=1) == "icons+noise40"
     assert label("icons", noise=0, share=0.25) == "icons+share25"
+    assert label("icons", noise=0, share=1, epochs=16) == "icons+epochs16"
+    assert tables.describe("icons+share25+epochs16") == "icons, 25% of the training images, 16 epochs"
 
 
 # ---------------------------------------------------------------- the whole way

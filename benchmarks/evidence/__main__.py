@@ -23,6 +23,7 @@ from benchmarks.evidence.training import Trained, evaluate, train
 
 CACHE = Path("~/.cache/hrem-layers/evidence")
 SEARCH_SEED = 1000  # the search's seeds count from here, fresh ones from 1
+EPOCHS = 8
 DEFAULT_ROWS = ("base", "recipe", "relations", "both")
 
 
@@ -41,12 +42,13 @@ def draw_settings(number: int) -> dict[str, Any]:
     }
 
 
-def label(data: str, *, noise: float, share: float, encoders: str = "heads") -> str:
-    """What column "data" says: ``icons``, ``icons+trainable+noise40+share25``; a folder by its name."""
+def label(data: str, *, noise: float, share: float, encoders: str = "heads", epochs: int = EPOCHS) -> str:
+    """What column "data" says: ``icons``, ``icons+trainable+noise40+share25+epochs16``; a folder by its name."""
     name = data if data in folders.DATA else Path(data).resolve().name
     parts = [name, *([encoders] if encoders != "heads" else [])]
     parts += [f"noise{100 * noise:.0f}"] if noise else []
     parts += [f"share{100 * share:.0f}"] if share < 1 else []
+    parts += [f"epochs{epochs}"] if epochs != EPOCHS else []
     return "+".join(parts)
 
 
@@ -107,6 +109,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--share", type=float, default=1.0, help="share of the training images that are used")
     p.add_argument("--encoders", choices=KINDS, default="heads",
                    help="heads on frozen features, or a CNN and a GRU that train as well [%(default)s]")  # fmt: skip
+    p.add_argument("--epochs", type=int, default=EPOCHS, help="passes over the images, a caption each [%(default)s]")
     p.add_argument("--cache-dir", type=Path, default=CACHE, help="packages, features, weights [%(default)s]")
     return p
 
@@ -120,7 +123,8 @@ def load_named(arguments: argparse.Namespace) -> tuple[Loaded, str]:
     folder = (folders.prepare_pixels if pixels else folders.prepare)(arguments.data, arguments.cache_dir.expanduser())
     captions = arguments.captions_per_image or folders.CAPTIONS.get(arguments.data, 5)
     data = load(folder, captions, noise=arguments.noise, share=arguments.share, pixels=pixels)
-    return data, label(arguments.data, noise=arguments.noise, share=arguments.share, encoders=arguments.encoders)
+    a = arguments
+    return data, label(a.data, noise=a.noise, share=a.share, encoders=a.encoders, epochs=a.epochs)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -130,7 +134,6 @@ def main(argv: list[str] | None = None) -> None:
     p.add_argument("--seeds", type=int, default=8, help="fresh seeds per row [%(default)s]")
     p.add_argument("--budget", type=int, default=8, help="settings tried per row [%(default)s]")
     p.add_argument("--search-seeds", type=int, default=3, help="trainings per setting of the search [%(default)s]")
-    p.add_argument("--epochs", type=int, default=8, help="passes over the images, a caption each [%(default)s]")
     p.add_argument("--results", type=Path, default=store.RESULTS)
     arguments = p.parse_args(argv)
     if arguments.seeds < 0 or min(arguments.budget, arguments.epochs, arguments.search_seeds) < 1:

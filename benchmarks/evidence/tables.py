@@ -42,6 +42,7 @@ DATA_NOTES = {
     "trainable": "CNN and GRU trained from scratch",
     "noise": "{}% of the training captions shuffled among the images",
     "share": "{}% of the training images",
+    "epochs": "{} epochs",
 }
 
 
