@@ -262,6 +262,21 @@ def test_combined_difference_by_hand():
     assert "+3.5" in effects.effects_section(found)
 
 
+def test_difference_at_equal_settings_by_hand():
+    def tried(row, lr, seed, total):
+        return line(row=row, split="search", seed=seed, settings={"lr": lr}, metrics={"rsum": float(total)})
+
+    found = [
+        tried("base", 1, 1000, 10), tried("base", 1, 1001, 20), tried("base", 2, 1000, 5), tried("base", 3, 1000, 0),
+        tried("relations_gated", 1, 1000, 11), tried("relations_gated", 1, 1001, 23),
+        tried("relations_gated", 2, 1000, 10),
+    ]  # fmt: skip
+    d = effects.at_equal_settings(found, "d", "relations_gated", "base")
+    assert (d.n, d.mean) == (3, 3.0)  # 1, 3, 5
+    assert f"| d | +3.0 ± {d.half:.1f} (3) |" in effects.equal_settings_section(found)
+    assert effects.equal_settings_section(found[:4]) == ""
+
+
 def test_missing_weights_and_rows_are_named(tmp_path, data):
     where = {"results": tmp_path / "r.csv", "readings": tmp_path / "x.csv", "cache": tmp_path}
     with pytest.raises(RuntimeError, match="expected trainings"):

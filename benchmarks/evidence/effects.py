@@ -26,6 +26,45 @@ def difference_of(lines: Sequence[store.Line], data: str, row: str, other: str, 
     return paired([a[s] for s in common], [b[s] for s in common]) if common else None
 
 
+def at_equal_settings(lines: Sequence[store.Line], data: str, row: str, other: str) -> Difference | None:
+    """row − other of rSum on dev over the search's trainings that both have, of equal settings and seed.
+
+    Which settings were chosen for whom, which on few trainings is partly chance, has no part in it.
+    """
+    a, b = (
+        {
+            (store.as_json(x.settings), x.seed): x.metrics["rsum"]
+            for x in lines
+            if x[:2] == (data, r) and x.split == "search"
+        }
+        for r in (row, other)
+    )
+    common = sorted(a.keys() & b.keys())
+    return paired([a[k] for k in common], [b[k] for k in common]) if len(common) > 1 else None
+
+
+def equal_settings_section(lines: Sequence[store.Line]) -> str:
+    """The table of :func:`at_equal_settings` of the rows on relations."""
+    columns = [x for x in COLUMNS.items() if x[0].startswith("relations")]
+    body = []
+    for data in dict.fromkeys(x.data for x in lines):
+        found = [at_equal_settings(lines, data, *rows) for _, rows in columns]
+        if any(found):
+            cells = ["" if d is None else f"{number(d.mean, True)} ± {number(d.half)} ({d.n})" for d in found]
+            body.append(f"| {' | '.join([data, *cells])} |")
+    if not body:
+        return ""
+    return "\n".join([
+        "### At equal settings\n",
+        "Which settings a row is read with was chosen on few trainings, which is partly chance, and moves more than "
+        "relations do. So also the differences on dev over all trainings of the search, each to that of the base with "
+        "the same settings and seed (in brackets how many; good settings and bad ones alike):\n",
+        f"| data | {' | '.join(name for name, _ in columns)} |",
+        f"|---|{'---|' * len(columns)}",
+        *body,
+    ]) + "\n"  # fmt: skip
+
+
 def combined(lines: Sequence[store.Line], row: str, other: str, split: str) -> tuple[list[str], Difference] | None:
     """row − other, averaged over the unread data sets seed by seed; which they are, and the paired difference."""
     sets = [d for d in UNREAD if difference_of(lines, d, row, other, split) is not None]

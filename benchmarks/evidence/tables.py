@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.evidence import collapse, store
-from benchmarks.evidence.effects import difference_of, effects_section
+from benchmarks.evidence.effects import difference_of, effects_section, equal_settings_section
 from benchmarks.evidence.statistics import Difference, number, summarize
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -184,6 +184,7 @@ def main(argv: list[str] | None = None) -> None:
         INTRODUCTION,
         _written(beside("guide.md")),
         effects_section(lines),
+        equal_settings_section(lines),
         "![differences to the base](results.svg)\n" if plot.is_file() else "",
         tables(lines),
         quality_section(beside("graph_quality.csv")),
