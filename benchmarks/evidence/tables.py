@@ -23,18 +23,22 @@ temperature, weight of the relational terms, images per cluster), the best on de
 the test split is read once per row (`benchmarks/evidence/readings.csv` logs when). Difference: to `base` (or to
 `base_infonce` for rows on InfoNCE), paired by seed, with its 95% t interval; "could see" is the smallest true
 difference that the experiment would have found with probability 0.8. The intervals cover the scatter of training
-seeds, for one choice of settings and one split; with many rows, one in twenty is off by chance.
+seeds, for one choice of settings and one split; with many rows, one in twenty is off by chance. In the first regimes a
+setting was judged by one training, later by the mean of three (`--search-seeds`); the tables say how many trainings
+the search had.
 
 The form of the interaction (the residual) and the recipe were chosen on icons, on pictures that overlap the first test
 split of that source. So its test split was drawn anew, from families of which no picture had been in an earlier test or
 dev split or in the held-out part of that study (`splits/read/icons.txt` lists those); "first split" marks the tables
 from before. Test splits of openclipart and stamps were read after the choice, once per row.
 
-Rows with relations had the residual without a gate (`gate=None`), which was the default when they were run, but for
-those named `relations_gated`.
+Rows named `relations...` had the residual without a gate (`gate=None`), which was the default when they were run;
+`relations_gated` and what begins with `gated` have the library's default, a gate learned from 0.
 
-The data are drawings with names and keywords, frozen features of an ImageNet network and frozen word vectors below
-small trained encoders. They say nothing about the figures on Flickr30K or COCO.
+The data are drawings with names and keywords (icons, openclipart, stamps), scenes of two to four emoji with five
+captions each (other ones than the script's default data) and topics made in code (synthetic). Encoders are small: heads
+on frozen features of an ImageNet network and on frozen word vectors, or a CNN and a GRU from scratch
+(`--encoders trainable`). They say nothing about the figures on Flickr30K or COCO.
 `python -m benchmarks.evidence --data FOLDER` makes the same table of any data in the field's precomputed form.
 """
 NAMES = {"icons_split1": "icons, first split (read before the form of the interaction was chosen)"}
@@ -105,9 +109,9 @@ def tables(lines: Sequence[store.Line]) -> str:
     out = ["## All tables\n"]
     for data in dict.fromkeys(x.data for x in lines):
         searched = [x.row for x in lines if (x.data, x.split) == (data, "search")]
-        budget = ", ".join(sorted({str(searched.count(row)) for row in searched}))
+        budget = ", ".join(map(str, sorted({searched.count(row) for row in searched})))
         out.append(f"### {describe(data)[0].upper()}{describe(data)[1:]}\n")
-        out.append(f"Settings tried per row: {budget}. rSum: mean ± standard error over the fresh seeds.\n")
+        out.append(f"Trainings of the search per row: {budget}. rSum: mean ± standard error over the fresh seeds.\n")
         for split, title in (("test", "Test"), ("dev", "Dev, on which the settings were chosen")):
             if any(x.data == data and x.split == split for x in lines):
                 out += [f"{title}:\n", *main_table(lines, data, split), ""]
