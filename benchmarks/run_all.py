@@ -5,9 +5,9 @@ python benchmarks/run_all.py alignment_ratio.py loss_ratio.py    # these
 python benchmarks/run_all.py --list                              # which figures of which page come from which command
 python benchmarks/run_all.py --quick                             # few rounds, small sizes, into copies of the pages
 
-A page holds figures between two comments, ``<!-- figures: COMMAND -->`` and ``<!-- end -->``. Each script that is done
-is written at once, with a digest of the code that it ran, so that a run which was cut off goes on where it was: what was
-measured by the code of today is not measured again (``--again``: it is). A script that fails leaves the page alone.
+A page holds figures between two comments, ``<!-- figures: COMMAND -->`` and ``<!-- end -->``. They are written after
+every script, with a digest of the code that made them, so that a run which was cut off goes on where it was: what the
+code of today has measured already is not measured again (``--again``: it is). A script that fails leaves the page alone.
 """
 
 from __future__ import annotations
