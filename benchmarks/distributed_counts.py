@@ -157,6 +157,8 @@ def measure(rank: int, world: int, options: argparse.Namespace, name: str, folde
     )
     torch.manual_seed(rank)
 
+    items = options.dense_items if name == "dense" else options.items
+
     def work(n: int):
         shapes = (n, options.dim), (n, options.dim), (n, options.regions, options.dim), (n, options.words, options.dim)
         inputs = [torch.randn(*shape, requires_grad=True) for shape in shapes]
@@ -165,7 +167,7 @@ def measure(rank: int, world: int, options: argparse.Namespace, name: str, folde
     peak = 0.0
     if options.memory:
         work(2 * options.candidates)()  # loads what is loaded at the first call
-    step = work(options.items // world)
+    step = work(items // world)
     if options.memory:
         dist.barrier()
         peak = extra_peak_mb(step)
@@ -202,15 +204,16 @@ def by_kind(found: dict[str, dict[int, list]]) -> str:
 
 def per_process(found: dict[str, dict[int, list]], options: argparse.Namespace) -> str:
     """All products, all bytes, the peak; in brackets over those of the first number of processes."""
-    whole = options.items * (2 + options.regions + options.words) * options.dim * 4 / 1e6
     rows = []
     for name, counts in found.items():
+        items = options.dense_items if name == "dense" else options.items
+        whole = items * (2 + options.regions + options.words) * options.dim * 4 / 1e6
         first = next(iter(counts.values()))
         for world, (flops, volume, memory) in counts.items():
             work, base = sum(flops.values()), sum(first[0].values())
             peak, at_first = memory["peak"], first[2]["peak"]
             rows.append([
-                name, str(world), f"{work / 1e9:.4g} ({work / base:.2f})", f"{sum(volume.values()) / 1e6:.0f}",
+                name, f"{items:,}", str(world), f"{work / 1e9:.4g} ({work / base:.2f})", f"{sum(volume.values()) / 1e6:.0f}",
                 f"{peak:.0f} ({peak / at_first:.2f})", f"{whole / world:.0f}",
             ])  # fmt: skip
     return table(
@@ -228,7 +231,8 @@ def per_process(found: dict[str, dict[int, list]], options: argparse.Namespace) 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--items", type=int, help="global batch N [256; with --memory 2048]")
+    parser.add_argument("--items", type=int, help="global batch N [256; with --memory 8192]")
+    parser.add_argument("--dense-items", type=int, default=1024, help="with --memory, N of the dense graph")
     parser.add_argument("--regions", type=int, default=36)
     parser.add_argument("--words", type=int, default=32)
     parser.add_argument("--dim", type=int, help="[64; with --memory 256]")
@@ -238,7 +242,7 @@ def main() -> None:
     parser.add_argument("--only", default="", help="only graphs whose name has this in it, such as candidates")
     parser.add_argument("--memory", action="store_true", help="peak memory of a process too, at a larger size")
     options = parser.parse_args()
-    options.items = options.items or (2048 if options.memory else 256)
+    options.items = options.items or (8192 if options.memory else 256)
     options.dim = options.dim or (256 if options.memory else 64)
     torch.set_num_threads(1)
     found: dict[str, dict[int, list]] = {}
@@ -248,18 +252,18 @@ def main() -> None:
         given = {name: getattr(options, name) for name in ("items", "regions", "words", "dim", "candidates")}
         options.json.write_text(json.dumps({"options": given, "rows": found}))
     size = (
-        f"N = {options.items:,} in all, R = {options.regions}, W = {options.words}, D = {options.dim}, float32; one "
-        "step, forward and backward; per process."
+        f"R = {options.regions}, W = {options.words}, D = {options.dim}, float32; one step, forward and backward; per "
+        "process."
     )
     if options.memory:
         section(
             "Work, bytes and memory of a process",
-            f"{size} In brackets: over those of one process. *Memory*: resident, beyond model and batch, each in "
-            "processes of their own.",
+            f"{size} N is that of all. In brackets: over one process. *Memory*: resident at the peak, beyond model and "
+            "batch, each in processes of their own.",
             per_process(found, options),
         )
     else:
-        section("Work and bytes of a process, by kind", size, by_kind(found))
+        section("Work and bytes of a process, by kind", f"N = {options.items:,} in all, {size}", by_kind(found))
 
 
 if __name__ == "__main__":

@@ -61,7 +61,7 @@ FIGURES = (
     Figures("scaling_counts.py --arithmetic", "scaling.md", 0.1),
     Figures("scaling_counts.py --check", "scaling.md", 0.5),
     Figures("distributed_counts.py", "distributed.md", 1, "--items 64"),
-    Figures("distributed_counts.py --memory", "distributed.md", 4, "--items 256 --dim 64"),
+    Figures("distributed_counts.py --memory", "distributed.md", 4, "--items 256 --dense-items 128 --dim 64"),
     Figures("large_batches.py", "large_batches.md", 4, "--largest 1024"),
     Figures("sampler_scale.py clusters", "sampler.md", 2, "--scale 0.01"),
     Figures("sampler_scale.py order", "sampler.md", 2, "--scale 0.01"),
