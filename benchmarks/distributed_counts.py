@@ -210,10 +210,10 @@ def per_process(found: dict[str, dict[int, list]], options: argparse.Namespace) 
         whole = items * (2 + options.regions + options.words) * options.dim * 4 / 1e6
         first = next(iter(counts.values()))
         for world, (flops, volume, memory) in counts.items():
-            work, base = sum(flops.values()), sum(first[0].values())
+            work, base, got = sum(flops.values()), sum(first[0].values()), sum(volume.values())
             peak, at_first = memory["peak"], first[2]["peak"]
             rows.append([
-                name, f"{items:,}", str(world), f"{work / 1e9:.4g} ({work / base:.2f})", f"{sum(volume.values()) / 1e6:.0f}",
+                name, f"{items:,}", str(world), f"{work / 1e9:.4g} ({work / base:.2f})", f"{got / 1e6:.0f}",
                 f"{peak:.0f} ({peak / at_first:.2f})", f"{whole / world:.0f}",
             ])  # fmt: skip
     return table(

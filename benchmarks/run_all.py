@@ -7,7 +7,7 @@ python benchmarks/run_all.py --quick                             # few rounds, s
 
 A page holds figures between two comments, ``<!-- figures: COMMAND -->`` and ``<!-- end -->``. They are written after
 every script, with a digest of the code that made them, so that a run which was cut off goes on where it was: what the
-code of today has measured already is not measured again (``--again``: it is). A script that fails leaves the page alone.
+code of today has measured is not measured again (``--again``: it is). A script that fails leaves the page alone.
 """
 
 from __future__ import annotations
