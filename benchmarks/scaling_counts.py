@@ -26,6 +26,9 @@ from distributed_counts import counted
 
 from hrem_layers import AssociationGraph, HREMLoss, RelationInteraction, TripletLoss
 
+GPU_PART = 2**26
+"""Numbers in a part of the candidates' fragments on a GPU, at least: as in hrem_layers/distributed/shares.py."""
+
 
 def inputs(options: argparse.Namespace, n: int, grad: bool) -> list[torch.Tensor]:
     torch.manual_seed(0)
@@ -159,7 +162,9 @@ def step_costs(
     k = candidates if sparse else n
     pairs = (2 * n * k if sparse else n * n) / processes  # each direction aligns its own candidates
     embeddings = nodes * d * 4
+    part = max(n / (2 * processes), GPU_PART / (max(r, w) * d))  # of candidates: what comes at one time
     fetched = min(1, k / processes) if sparse else 1  # at most: two rows may have one candidate
+    held = min(fetched * n, n if through or processes == 1 or not sparse else part)
     received = {
         "fragments received": fetched * n * d * size * (r + w if sparse else min(r, w)) * (2 if through else 1),
         "p and S received": 0 if sparse else 4 * 4 * n * n,
@@ -181,7 +186,7 @@ def step_costs(
         "pair losses, FLOP": 4 * 3 * (2 if sparse else 1) * 2 * n * n * d / shared,
         "projections and feed-forward, FLOP": 3 * 6 * 2 * nodes * d * d / shared,
         **{f"{name}, bytes": volume * elsewhere for name, volume in received.items()},
-        "fragments of one modality, received and normalised, bytes": fetched * n * max(r, w) * d * (size + 4),
+        "fragments of one modality, received and normalised, bytes": held * max(r, w) * d * (size + 4),
         "A and S held, bytes": nodes * (2 * k * (8 + 4 + 1) / processes if sparse else nodes * (4 + 1)),
         "attention weights of all heads, bytes": heads * nodes * (2 * k / processes if sparse else nodes) * 4,
     }
