@@ -31,7 +31,7 @@ class Figures(NamedTuple):
     command: str
     page: str
     minutes: float
-    """On two idle cores."""
+    """On two idle cores, roughly."""
     quick: str = ""
     """More options, for --quick."""
 
@@ -47,7 +47,7 @@ FIGURES = (
     Figures("loss_ratio.py", "performance.md", 0.5, "--repeats 3"),
     Figures("warmup_and_captions.py", "performance.md", 1, "--repeats 3"),
     Figures("revisions.py 7ea6736 --dims 1024 256", "performance.md", 2, "--repeats 3 --n 32"),
-    Figures("peers.py", "performance.md", 5, "--quick"),
+    Figures("peers.py", "performance.md", 4, "--quick"),
     Figures("retrieval_speed.py --large", "performance.md", 1, "--images 200 --repeats 3 --large-images 200"),
     Figures("memory.py", "performance.md", 1),
     Figures("cost_curves.py", "performance.md", 5, "--largest 128"),
@@ -55,14 +55,14 @@ FIGURES = (
     Figures("dtype_error.py", "performance.md", 0.5, "--seeds 1"),
     Figures("compile.py", "performance.md", 2, "--repeats 3"),
     Figures("alignment_gpu.py", "performance.md", 0.1),
-    Figures("kernel_figures.py", "performance.md", 2),
+    Figures("kernel_figures.py", "performance.md", 1),
     Figures("sparse_scaling.py", "scaling.md", 2, "--sizes 256 512"),
     Figures("scaling_counts.py --measured", "scaling.md", 3, "--sizes 64 --loss-sizes 64"),
     Figures("scaling_counts.py --arithmetic", "scaling.md", 0.1),
     Figures("scaling_counts.py --check", "scaling.md", 0.5),
     Figures("distributed_counts.py", "distributed.md", 1, "--items 64"),
-    Figures("distributed_counts.py --memory", "distributed.md", 4, "--items 256 --dense-items 128 --dim 64"),
-    Figures("large_batches.py", "large_batches.md", 4, "--largest 1024"),
+    Figures("distributed_counts.py --memory", "distributed.md", 3, "--items 256 --dense-items 128 --dim 64"),
+    Figures("large_batches.py", "large_batches.md", 2, "--largest 1024"),
     Figures("sampler_scale.py clusters", "sampler.md", 2, "--scale 0.01"),
     Figures("sampler_scale.py order", "sampler.md", 2, "--scale 0.01"),
 )
