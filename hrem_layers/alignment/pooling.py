@@ -40,7 +40,7 @@ def pool(values: Tensor, real: Tensor | None, out_mean: Tensor, out_top: Tensor,
     k = min(out_top.shape[-1], values.shape[-1])
     if real is None:
         out_mean.copy_(values.mean(dim=-1))
-        out_top[..., :k].copy_(largest(values, k))
+        _write_largest(values, k, out_top)
         return
     count = real.sum(dim=-1)
     filled = values if clean else values.contiguous().masked_fill(~real, 0)  # words come transposed
@@ -50,20 +50,23 @@ def pool(values: Tensor, real: Tensor | None, out_mean: Tensor, out_top: Tensor,
         filled = torch.add(values, least, out=values.new_empty(values.shape))
     else:
         filled.masked_fill_(~real, -torch.inf)
-    out_top[..., :k].copy_(largest(filled, k, owned=True)).masked_fill_(~_taken(count, k), 0)
+    _write_largest(filled, k, out_top, owned=True).masked_fill_(~_taken(count, k), 0)
 
 
-def largest(values: Tensor, k: int, *, owned: bool = False) -> Tensor:
-    """The k largest (..., k) of values (..., m), in descending order; NaN is larger than all.
+def _write_largest(values: Tensor, k: int, out: Tensor, *, owned: bool = False) -> Tensor:
+    """The k largest of values (..., m), in descending order, NaN larger than all, to out (..., :k), which is returned.
 
     ``owned``: ``values`` may be overwritten.
     """
+    out = out[..., :k]
     if not _sorts_well(values):
-        return values.topk(k, dim=-1).values
+        return out.copy_(values.topk(k, dim=-1).values)
     if not (owned and values.is_contiguous()):
         values = values.clone(memory_format=torch.contiguous_format)
-    values.numpy().sort(axis=-1)
-    return values[..., -k:].flip(-1)
+    rows = values.numpy()
+    rows.sort(axis=-1)
+    np.copyto(out.numpy(), rows[..., : -k - 1 : -1])
+    return out
 
 
 def largest_and_places(values: Tensor, k: int) -> tuple[Tensor, Tensor]:

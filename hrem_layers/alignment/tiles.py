@@ -72,7 +72,8 @@ class Tile(NamedTuple):
         return best
 
     def window(self, best: Maxima, text_run: Run, image_run: Run) -> Maxima:
-        texts, images = _shifted(text_run.items(), self.texts().start), _shifted(image_run.items(), self.images().start)
+        texts = _shifted(text_run.items(), self.text_runs[0].start)
+        images = _shifted(image_run.items(), self.image_runs[0].start)
         return best.window(texts, text_run.width, images, image_run.width)
 
     def blocks(self, x: Tensor) -> Iterator[tuple[Run, Run, Tensor]]:
@@ -123,10 +124,8 @@ def score_all(
             block_pool(best, *real, part.window(tile.texts(), tile.images()), clean=clean)
         if images.order is not None:  # then these are all images
             out = _reordered(out, 1, images.order.argsort())
-    if texts.order is not None:
-        out = _reordered(out, 0, texts.order.argsort())
     kept[store.used :].zero_()
-    return out.scores()
+    return out.scores() if texts.order is None else out.scores_in(texts.order.argsort())
 
 
 def score_all_backward(
