@@ -54,7 +54,7 @@ PAGES: dict[str, list[Run]] = {
     ],
     "distributed": [
         Run("distributed_counts.py", "", "--items 64 --candidates 8 --processes 1 2"),
-        Run("distributed_counts.py", "--memory --items 2048 --dim 256", "--memory --items 128 --candidates 8"),
+        Run("distributed_counts.py", "--memory --items 512 --dim 256", "--memory --items 128 --candidates 8"),
     ],
     "scaling": [
         Run("scaling_counts.py", "", "--sizes 64 --loss-sizes 64"),
