@@ -11,10 +11,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+import hrem_layers
 
 RELEASE = {"n": 128, "regions": 36, "shortest": 8, "longest": 24, "dim": 1024}
 
@@ -117,13 +120,29 @@ def section(title: str, *paragraphs: str) -> None:
 
 def where() -> str:
     command = shlex.join(["python", os.path.relpath(sys.argv[0]), *sys.argv[1:]])
+    threads = torch.get_num_threads()
     return (
-        f"`{command}`: Python {platform.python_version()}, PyTorch {torch.__version__}, {torch.get_num_threads()} "
-        f"threads, {processor()}, {os.cpu_count()} cores, {platform.system()}; load before {LOAD:.1f}."
+        f"`{command}`: Python {platform.python_version()}, PyTorch {torch.__version__}, {threads} "
+        f"thread{'s' * (threads != 1)}, {processor()}, {os.cpu_count()} cores, {platform.system()}; load before "
+        f"{LOAD:.1f}; {revision()}."
     )
 
 
 LOAD = os.getloadavg()[0]
+
+
+def revision() -> str:
+    """Of the code that is measured: git's, or the version where there is no git."""
+    root = Path(__file__).parent.parent
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, check=True).stdout
+
+    try:
+        changed = git("status", "--porcelain", "--", "hrem_layers", "benchmarks/*.py")
+        return f"revision {git('rev-parse', '--short=7', 'HEAD').strip()}{' with changes' * bool(changed.strip())}"
+    except (OSError, subprocess.CalledProcessError):
+        return f"version {hrem_layers.__version__}"
 
 
 def processor() -> str:

@@ -68,7 +68,9 @@ def main() -> None:
         for form in FORMS:
             if not too_large(form, n):
                 found[form][n] = json.loads(in_own_process(__file__, "--one", form, str(n)))
-    draw(found)
+    whole = tuple(sizes) == SIZES
+    if whole:
+        draw(found)
 
     def cell(form: str, n: int) -> str:
         if n not in found[form]:
@@ -82,7 +84,7 @@ def main() -> None:
         f"Forward and backward of the alignment, {REGIONS} regions, {SHORTEST} to {LONGEST} words, D = {DIM}, float32: "
         "median time and extra peak memory, each point in a process of its own.",
         table(["N", *FORMS], [[str(n), *(cell(form, n) for form in FORMS)] for n in sizes]),
-        f"![Time and peak memory against the batch size]({PICTURE.name})",
+        *([f"![Time and peak memory against the batch size]({PICTURE.name})"] if whole else []),
     )
 
 

@@ -1,13 +1,12 @@
-"""What one process computes and receives in a step of the gathered loss, at 1, 2 and 4 processes.
+"""What one process computes, receives and holds in a step of the gathered loss, at 1, 2 and 4 processes.
 
-    python benchmarks/distributed_counts.py      # prints the table of docs/distributed.md
+    python benchmarks/distributed_counts.py              # work and bytes by kind, at a small size
+    python benchmarks/distributed_counts.py --memory     # all work, all bytes and peak memory, at a larger size
 
 Counted, not timed: multiply-adds (2 FLOP) of the matrix products that torch.profiler sees, with their shapes, and of
 the products along neighbour lists; and the bytes that each process receives in the collectives of the library (DDP's or
 FSDP's own not included). The global batch stays the same; every process holds an equal part of it. Largest figure over
 the processes.
-
-    python benchmarks/distributed_counts.py --memory     # instead: peak memory of a process, dense and with candidates
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from _common import extra_peak_mb, where
+from _common import extra_peak_mb, section, table
 from torch.profiler import ProfilerActivity, profile, record_function
 
 import hrem_layers.loss
@@ -33,7 +32,7 @@ from hrem_layers import ALONE, AssociationGraph, HREMLoss, RelationInteraction, 
 PRODUCTS = {"mm": 0, "bmm": 0, "addmm": 1, "baddbmm": 1, "addmm_": 1, "baddbmm_": 1, "mm_out": 0}
 ATTENTION = "aten::_scaled_dot_product"
 
-
+COLLECTIVES = ("all-gather", "all-to-all", "reduce-scatter", "broadcast")
 KINDS = ("alignment", "search", "neighbours", "pair losses", "rest")
 
 
@@ -129,129 +128,142 @@ def received(world: int) -> Iterator[Counter]:
             setattr(dist, name, original)
 
 
-def measure(rank: int, world: int, options: argparse.Namespace, folder: str) -> None:
+def graphs(options: argparse.Namespace) -> dict[str, AssociationGraph]:
+    sparse = AssociationGraph(candidates=options.candidates)
+    name = f"`candidates={options.candidates}`"
+    if options.memory:
+        return {"dense": AssociationGraph(), name: sparse}
+    return {
+        "every process everything": WholeGraph(),
+        "shared": AssociationGraph(),
+        "shared, `detach_fragments=False`": AssociationGraph(detach_fragments=False),
+        f"shared, {name}": sparse,
+    }
+
+
+def measure(rank: int, world: int, options: argparse.Namespace, name: str, folder: str) -> None:
+    """Of one graph: FLOP by kind, bytes by collective and, with --memory, MB beyond model and batch."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=world)
-    n, r, w, d = options.items // world, options.regions, options.words, options.dim
-    results = {}
     pairs = hrem_layers.loss.Pairs
     pairs.loss = marked(pairs.loss)
-    for name, graph_type, graph_options in (
-        ("every process everything", WholeGraph, {}),
-        ("shared", AssociationGraph, {}),
-        ("shared, `detach_fragments=False`", AssociationGraph, {"detach_fragments": False}),
-        (f"shared, `candidates={options.candidates}`", AssociationGraph, {"candidates": options.candidates}),
-    ):
-        if options.only and options.only not in name:
-            continue
-        torch.manual_seed(0)
-        loss = HREMLoss(
-            d,
-            graph=graph_type(**graph_options),
-            interaction=RelationInteraction(d, dropout=0.0),
-            pair_loss=TripletLoss(negative_sampling="hardest"),
-            gather_distributed=True,
-        )
-        torch.manual_seed(rank)
-        inputs = [torch.randn(*shape, requires_grad=True) for shape in ((n, d), (n, d), (n, r, d), (n, w, d))]
+    torch.manual_seed(0)
+    loss = HREMLoss(
+        options.dim,
+        graph=graphs(options)[name],
+        interaction=RelationInteraction(options.dim, dropout=0.0),
+        pair_loss=TripletLoss(negative_sampling="hardest"),
+        gather_distributed=True,
+    )
+    torch.manual_seed(rank)
 
-        def step(loss=loss, inputs=inputs) -> None:
-            loss(*inputs).backward()
+    items = options.dense_items if name == "dense" else options.items
 
-        with received(world) as volume:
-            flops = counted(step)
-        everyone: list = [None] * world
-        dist.all_gather_object(everyone, (dict(flops), dict(volume)))
-        results[name] = [
-            {key: max(counts[place].get(key, 0) for counts in everyone) for key in keys}
-            for place, keys in ((0, KINDS), (1, ("all-gather", "all-to-all", "reduce-scatter", "broadcast")))
-        ]
-    if rank == 0:
-        Path(folder, "results.json").write_text(json.dumps(results))
-    dist.destroy_process_group()
+    def work(n: int):
+        shapes = (n, options.dim), (n, options.dim), (n, options.regions, options.dim), (n, options.words, options.dim)
+        inputs = [torch.randn(*shape, requires_grad=True) for shape in shapes]
+        return lambda: loss(*inputs).backward()
 
-
-def measure_memory(rank: int, world: int, options: argparse.Namespace, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=world)
-    d, found = options.dim, {}
-    for name, candidates in (("dense", None), (f"candidates={options.candidates}", options.candidates)):
-        if options.only and options.only not in name:
-            continue
-        torch.manual_seed(0)
-        loss = HREMLoss(
-            d, graph=AssociationGraph(candidates=candidates), gather_distributed=True,
-            pair_loss=TripletLoss(negative_sampling="hardest"),
-        )  # fmt: skip
-
-        def work(n: int, loss=loss):
-            shapes = (n, d), (n, d), (n, options.regions, d), (n, options.words, d)
-            inputs = [torch.randn(*shape, requires_grad=True) for shape in shapes]
-            return lambda: loss(*inputs).backward()
-
-        work(2 * options.candidates)()
-        run = work(options.items // world)
+    peak = 0.0
+    if options.memory:
+        work(2 * options.candidates)()  # loads what is loaded at the first call
+    step = work(items // world)
+    if options.memory:
         dist.barrier()
-        peak = torch.tensor(extra_peak_mb(run))
-        dist.all_reduce(peak, dist.ReduceOp.MAX)
-        found[name] = peak.item()
-        del run
+        peak = extra_peak_mb(step)
+    with received(world) as volume:
+        flops = counted(step)
+    everyone: list = [None] * world
+    dist.all_gather_object(everyone, (dict(flops), dict(volume), {"peak": peak}))
+    places = enumerate((KINDS, COLLECTIVES, ("peak",)))
+    largest = [{key: max(counts[place].get(key, 0) for counts in everyone) for key in keys} for place, keys in places]
     if rank == 0:
-        Path(folder, "results.json").write_text(json.dumps(found))
+        Path(folder, "results.json").write_text(json.dumps(largest))
     dist.destroy_process_group()
 
 
-def in_processes(work, world: int, options: argparse.Namespace):
+def in_processes(world: int, options: argparse.Namespace, name: str) -> list[dict[str, float]]:
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(work, (world, options, folder), nprocs=world)
+        mp.spawn(measure, (world, options, name, folder), nprocs=world)
         return json.loads(Path(folder, "results.json").read_text())
+
+
+def by_kind(found: dict[str, dict[int, list]]) -> str:
+    head = ["graph", "processes", *(f"{kind}, GFLOP" for kind in KINDS), "received in all-gathers, MB",
+            "in all-to-alls, MB", "in reduce-scatters, MB"]  # fmt: skip
+    rows = []
+    for name, counts in found.items():
+        for world, (flops, volume, _) in counts.items():
+            gathered = volume["all-gather"] + volume["broadcast"], volume["all-to-all"], volume["reduce-scatter"]
+            rows.append([
+                name, str(world), *(f"{flops[kind] / 1e9:.3g}" for kind in KINDS),
+                *(f"{x / 1e6:.2f}" for x in gathered),
+            ])  # fmt: skip
+    return table(head, rows)
+
+
+def per_process(found: dict[str, dict[int, list]], options: argparse.Namespace) -> str:
+    """All products, all bytes, the peak; in brackets over those of the first number of processes."""
+    rows = []
+    for name, counts in found.items():
+        items = options.dense_items if name == "dense" else options.items
+        whole = items * (2 + options.regions + options.words) * options.dim * 4 / 1e6
+        first = next(iter(counts.values()))
+        for world, (flops, volume, memory) in counts.items():
+            work, base, got = sum(flops.values()), sum(first[0].values()), sum(volume.values())
+            peak, at_first = memory["peak"], first[2]["peak"]
+            rows.append([
+                name, f"{items:,}", str(world), f"{work / 1e9:.4g} ({work / base:.2f})", f"{got / 1e6:.0f}",
+                f"{peak:.0f} ({peak / at_first:.2f})", f"{whole / world:.0f}",
+            ])  # fmt: skip
+    return table(
+        [
+            "graph",
+            "processes",
+            "products, GFLOP",
+            "received, MB",
+            "memory at the peak, MB",
+            "its part of the batch, MB",
+        ],
+        rows,
+    )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--items", type=int, default=256, help="global batch N")
+    parser.add_argument("--items", type=int, help="global batch N [256; with --memory 8192]")
+    parser.add_argument("--dense-items", type=int, default=1024, help="with --memory, N of the dense graph")
     parser.add_argument("--regions", type=int, default=36)
     parser.add_argument("--words", type=int, default=32)
-    parser.add_argument("--dim", type=int, default=64)
+    parser.add_argument("--dim", type=int, help="[64; with --memory 256]")
     parser.add_argument("--candidates", type=int, default=16)
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2, 4])
     parser.add_argument("--json", type=Path, help="write the counts to this file too, for scaling_counts.py --check")
-    parser.add_argument("--only", help="only graphs whose name has this in it, such as candidates")
-    parser.add_argument("--memory", action="store_true", help="peak memory of a process instead of counts")
+    parser.add_argument("--only", default="", help="only graphs whose name has this in it, such as candidates")
+    parser.add_argument("--memory", action="store_true", help="peak memory of a process too, at a larger size")
     options = parser.parse_args()
-    torch.set_num_threads(1)  # of each process; said below
-    if options.memory:
-        print(f"N = {options.items} in all, R = {options.regions}, W = {options.words}, D = {options.dim}\n")
-        graphs = [name for name in ("dense", f"candidates={options.candidates}") if (options.only or "") in name]
-        print(f"Peak of a process beyond its part of the batch, MB:\n\n| processes | {' | '.join(graphs)} |")
-        print("|---" * (1 + len(graphs)) + "|")
-        for world in options.processes:
-            found = in_processes(measure_memory, world, options)
-            print(f"| {world} | {' | '.join(f'{found[name]:.0f}' for name in graphs)} |", flush=True)
-        print(f"\n{where()}")
-        return
-    table: dict[str, dict[int, list]] = {}
-    for world in options.processes:
-        for name, counts in in_processes(measure, world, options).items():
-            table.setdefault(name, {})[world] = counts
+    options.items = options.items or (8192 if options.memory else 256)
+    options.dim = options.dim or (256 if options.memory else 64)
+    torch.set_num_threads(1)
+    found: dict[str, dict[int, list]] = {}
+    for name in (name for name in graphs(options) if options.only in name):
+        found[name] = {world: in_processes(world, options, name) for world in options.processes}
     if options.json:
         given = {name: getattr(options, name) for name in ("items", "regions", "words", "dim", "candidates")}
-        options.json.write_text(json.dumps({"options": given, "rows": table}))
-    n, r, w, d = options.items, options.regions, options.words, options.dim
-    print(f"N = {n} in all, R = {r}, W = {w}, D = {d}, float32; forward and backward\n")
-    kinds = " | ".join(f"{kind}, GFLOP" for kind in KINDS)
-    print(
-        f"| graph | processes | {kinds} | received in all-gathers, MB | in all-to-alls, MB | in reduce-scatters, MB |"
+        options.json.write_text(json.dumps({"options": given, "rows": found}))
+    size = (
+        f"R = {options.regions}, W = {options.words}, D = {options.dim}, float32; one step, forward and backward; per "
+        "process."
     )
-    print("|---" * (len(KINDS) + 5) + "|")
-    for name, rows in table.items():
-        for world, (flops, volume) in rows.items():
-            cells = " | ".join(f"{flops[kind] / 1e9:.3g}" for kind in KINDS)
-            print(
-                f"| {name} | {world} | {cells} | {(volume['all-gather'] + volume['broadcast']) / 1e6:.2f} | "
-                f"{volume['all-to-all'] / 1e6:.2f} | {volume['reduce-scatter'] / 1e6:.2f} |"
-            )
-    print(f"\n{where()}")
+    if options.memory:
+        section(
+            "Work, bytes and memory of a process",
+            f"{size} N is that of all. In brackets: over one process. *Memory*: resident at the peak, beyond model and "
+            "batch, each in processes of their own.",
+            per_process(found, options),
+        )
+    else:
+        section("Work and bytes of a process, by kind", f"N = {options.items:,} in all, {size}", by_kind(found))
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
 """Two revisions of this repository side by side: processor time of the same work, in turn, in a process of each.
 
     python benchmarks/revisions.py v0.1.0                  # that revision against the working tree
-    python benchmarks/revisions.py HEAD~20 HEAD --dim 256
+    python benchmarks/revisions.py HEAD~20 HEAD --dims 256
 
-A ratio below 1 says that the second is faster.
+A ratio below 1 says that the second is faster. Where git does not know the revision (a copy without history), it says
+so and measures nothing.
 """
 
 from __future__ import annotations
@@ -29,9 +30,12 @@ ROOT = Path(__file__).parent.parent
 
 def export(revision: str, folder: Path) -> Path:
     """The files of a git revision."""
-    done = subprocess.run(["git", "-C", str(ROOT), "archive", revision], capture_output=True)
+    try:
+        done = subprocess.run(["git", "-C", str(ROOT), "archive", revision], capture_output=True)
+    except OSError as error:
+        raise LookupError("there is no git") from error
     if done.returncode:
-        sys.exit(f"revision {revision!r}: {done.stderr.decode().strip()}")
+        raise LookupError(done.stderr.decode().strip())
     with tarfile.open(fileobj=io.BytesIO(done.stdout)) as archive:
         archive.extractall(folder, **({"filter": "data"} if hasattr(tarfile, "data_filter") else {}))
     return folder
@@ -87,9 +91,9 @@ def serve(n: int, dim: int, threads: int) -> None:
 
 
 class Server:
-    def __init__(self, root: Path, arguments: argparse.Namespace) -> None:
-        environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": str(arguments.threads)}
-        sizes = [str(x) for x in (arguments.n, arguments.dim, arguments.threads)]
+    def __init__(self, root: Path, n: int, dim: int, threads: int) -> None:
+        environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": str(threads)}
+        sizes = [str(x) for x in (n, dim, threads)]
         command = [sys.executable, __file__, "--serve", *sizes]
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
@@ -118,31 +122,44 @@ def main() -> None:
     parser.add_argument("old", help="a git revision")
     parser.add_argument("new", nargs="?", help="another; left out: the working tree")
     parser.add_argument("--n", type=int, default=RELEASE["n"], help="N")
-    parser.add_argument("--dim", type=int, default=RELEASE["dim"], help="D")
+    parser.add_argument("--dims", type=int, nargs="+", default=[RELEASE["dim"]], help="D")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=7)
     arguments = parser.parse_args()
+    title, names = "Two revisions", f"{arguments.old} and {arguments.new or 'the working tree'}"
     with ExitStack() as stack:
-        servers = []
-        for revision in (arguments.old, arguments.new):
-            folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-            servers.append(Server(export(revision, folder) if revision else ROOT, arguments))
-            stack.callback(servers[-1].close)
-        rounds = [[server.ask() for server in servers] for _ in range(arguments.repeats)]
-    rows = []
-    for name in rounds[0][0]:
-        old, new = ([each[i][name] for each in rounds] for i in range(2))
-        ratios = sorted(y / x for x, y in zip(old, new, strict=True))
-        rows.append([
-            name, f"{min(old) * 1e3:.1f}", f"{min(new) * 1e3:.1f}", f"{min(new) / min(old):.2f}",
-            f"{statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})",
-        ])  # fmt: skip
+        try:
+            roots = [
+                export(revision, Path(stack.enter_context(tempfile.TemporaryDirectory()))) if revision else ROOT
+                for revision in (arguments.old, arguments.new)
+            ]
+        except LookupError as error:
+            section(title, f"**Not measured**: {names} are not both at hand ({error}).")
+            return
+        columns = [compare(roots, arguments.n, dim, arguments.threads, arguments.repeats) for dim in arguments.dims]
     section(
-        "Two revisions",
-        f"{arguments.old} and {arguments.new or 'the working tree'}: N = {arguments.n}, D = {arguments.dim}, processor "
-        "time, in turn. *Ratio* is new / old.",
-        table(["", "old, best ms", "new, best ms", "ratio of best", "median ratio (range)"], rows),
+        title,
+        f"{names}: N = {arguments.n}, processor time, in turn; new / old, median of {arguments.repeats} rounds with "
+        "their range.",
+        table(
+            ["", *(f"D = {dim}" for dim in arguments.dims)],
+            [[name, *(column[name] for column in columns)] for name in columns[0]],
+        ),
     )
+
+
+def compare(roots: list[Path], n: int, dim: int, threads: int, repeats: int) -> dict[str, str]:
+    """Of every work the ratio of seconds, second to first."""
+    with ExitStack() as stack:
+        servers = [Server(root, n, dim, threads) for root in roots]
+        for server in servers:
+            stack.callback(server.close)
+        rounds = [[server.ask() for server in servers] for _ in range(repeats)]
+    found = {}
+    for name in rounds[0][0]:
+        ratios = sorted(new[name] / old[name] for old, new in rounds)
+        found[name] = f"{statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})"
+    return found
 
 
 if __name__ == "__main__":

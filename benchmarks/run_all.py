@@ -1,177 +1,170 @@
-"""Runs the benchmarks: writes docs/performance.md, or prints the tables of another page of the documentation.
+"""Runs the benchmarks and writes what they print into the pages of docs/.
 
-python benchmarks/run_all.py                                       # performance.md: under an hour on two idle cores
-python benchmarks/run_all.py --quick                               # few rounds, small sizes: a quarter of an hour
-python benchmarks/run_all.py alignment_ratio.py loss_ratio.py      # these; the page names what was left out
-python benchmarks/run_all.py --page scaling                        # prints what the tables of docs/scaling.md come from
-python benchmarks/run_all.py --list                                # every page with its commands
+python benchmarks/run_all.py                                     # all: about 50 minutes on two idle cores
+python benchmarks/run_all.py alignment_ratio.py loss_ratio.py    # these
+python benchmarks/run_all.py --list                              # which figures of which page come from which command
+python benchmarks/run_all.py --quick                             # few rounds, small sizes, into copies of the pages
 
-docs/results.md is written by ``python -m benchmarks.evidence.tables``, and not from here. What the scripts of
-docs/reliability.md have recorded, and with it the page, the full run writes anew.
+A page holds figures between two comments, ``<!-- figures: COMMAND -->`` and ``<!-- end -->``. They are written after
+every script, with a digest of the code that made them, so that a run which was cut off goes on where it was: what the
+code of today has measured is not measured again (``--again``: it is). A script that fails leaves the page alone.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
+import re
+import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 HERE = Path(__file__).parent
-PAGE = HERE.parent / "docs" / "performance.md"
-OLD = "7ea6736"  # the revision of version 0.1 that this one is compared with
+ROOT = HERE.parent
+END = "<!-- end -->"
 
 
-class Run(NamedTuple):
-    """A script in this folder, its options in the full run and with --quick (None: not then)."""
+class Figures(NamedTuple):
+    command: str
+    page: str
+    minutes: float
+    """On two idle cores, roughly."""
+    quick: str = ""
+    """More options, for --quick."""
 
-    script: str
-    full: str = ""
-    quick: str | None = ""
+    @property
+    def script(self) -> str:
+        return self.command.split()[0]
 
 
-# page of docs: what its measured figures come from
-PAGES: dict[str, list[Run]] = {
-    "performance": [
-        Run("revisions.py", OLD, f"{OLD} --repeats 2 --n 32"),
-        Run("revisions.py", f"{OLD} --dim 256", f"{OLD} --dim 256 --repeats 2 --n 32"),
-        Run("warmup_and_captions.py", "--repeats 7", "--repeats 3"),
-        Run("alignment_ratio.py", "", "--repeats 5"),
-        Run("alignment_grid.py", "", "--sizes 64 128 --repeats 3"),
-        Run("loss_ratio.py", "", "--repeats 5"),
-        Run("peers.py", "", "--quick"),
-        Run("retrieval_speed.py", "--large", "--images 200 --repeats 3"),
-        Run("memory.py", "", "--quick"),
-        Run("cost_curves.py", "", "--largest 128"),
-        Run("autocast.py", "", "--repeats 3"),
-        Run("dtype_error.py", "", "--seeds 1"),
-        Run("compile.py"),
-        Run("alignment_gpu.py"),
-        Run("kernel_figures.py"),
-    ],
-    "distributed": [
-        Run("distributed_counts.py", "", "--items 64 --candidates 8 --processes 1 2"),
-        Run("distributed_counts.py", "--memory --items 512 --dim 256", "--memory --items 128 --candidates 8"),
-    ],
-    "scaling": [
-        Run("scaling_counts.py", "", "--sizes 64 --loss-sizes 64"),
-        Run("sparse_scaling.py", "", "--sizes 256 512"),
-        Run("candidates_effect.py", "", None),  # half an hour of trainings
-    ],
-    "large_batches": [Run("large_batches.py", "", "--largest 2048"), Run("pair_losses.py", "", "--repeats 3")],
-    "sampler": [
-        Run("sampler_scale.py", "clusters", "clusters --scale 0.1"),
-        Run("clustering.py", "--repeats 2", None),
-        Run("sampler_scale.py", "order", "order --scale 0.1"),
-    ],
-    "reliability": [  # these record what they find, and the last writes the page
-        Run("reliability/bad_input.py", "", None),
-        Run("reliability/drift.py", "--steps 10000 --seed 0", None),
-        Run("reliability/loss_dtypes.py", "--seeds 5", None),
-        Run("reliability/kills.py", "--kills 32", None),
-        Run("reliability/mutants.py", "", None),
-        Run("reliability/report.py", "", "--check"),
-    ],
-}
-HEAD = """# Performance
+FIGURES = (
+    Figures("alignment_ratio.py", "performance.md", 1, "--repeats 3"),
+    Figures("alignment_grid.py --sizes 64 128 256 512 --repeats 3", "performance.md", 8, "--sizes 64 --dims 256"),
+    Figures("alignment_grid.py --sizes 1024 --dims 256 1024 --regions 36", "performance.md", 8, "--sizes 64"),
+    Figures("loss_ratio.py", "performance.md", 0.5, "--repeats 3"),
+    Figures("warmup_and_captions.py", "performance.md", 1, "--repeats 3"),
+    Figures("revisions.py 7ea6736 --dims 1024 256", "performance.md", 2, "--repeats 3 --n 32"),
+    Figures("peers.py", "performance.md", 4, "--quick"),
+    Figures("retrieval_speed.py --large", "performance.md", 1, "--images 200 --repeats 3 --large-images 200"),
+    Figures("memory.py", "performance.md", 1),
+    Figures("cost_curves.py", "performance.md", 5, "--largest 128"),
+    Figures("autocast.py", "performance.md", 1, "--repeats 3"),
+    Figures("dtype_error.py", "performance.md", 0.5, "--seeds 1"),
+    Figures("compile.py", "performance.md", 2, "--repeats 3"),
+    Figures("alignment_gpu.py", "performance.md", 0.1),
+    Figures("kernel_figures.py", "performance.md", 1),
+    Figures("sparse_scaling.py", "scaling.md", 2, "--sizes 256 512"),
+    Figures("scaling_counts.py --measured", "scaling.md", 3, "--sizes 64 --loss-sizes 64"),
+    Figures("scaling_counts.py --arithmetic", "scaling.md", 0.1),
+    Figures("scaling_counts.py --check", "scaling.md", 0.5),
+    Figures("distributed_counts.py", "distributed.md", 1, "--items 64"),
+    Figures("distributed_counts.py --memory", "distributed.md", 3, "--items 256 --dense-items 128 --dim 64"),
+    Figures("large_batches.py", "large_batches.md", 2, "--largest 1024"),
+    Figures("sampler_scale.py clusters", "sampler.md", 2, "--scale 0.01"),
+    Figures("sampler_scale.py order", "sampler.md", 2, "--scale 0.01"),
+)
+# Too long for a run of everything, or no figures of this machine's: the page says how each was made.
+SEPARATE = (
+    ("scaling.md", "python benchmarks/candidates_effect.py", "15 trainings: half an hour"),
+    ("reliability.md", "make mutants; python benchmarks/reliability/{bad_input,drift,loss_dtypes,kills}.py", "hours"),
+    ("reliability.md", "python benchmarks/reliability/report.py", "writes the page from their results"),
+    ("results.md", "python -m benchmarks.evidence; python -m benchmarks.evidence.graph_quality, .collapse", "days"),
+    ("results.md", "python -m benchmarks.evidence.tables", "writes the page from their results"),
+    ("../README.md", "python examples/seeds.py", "trainings; the tables of times are performance.md's"),
+)
+# Made by another script as well: for one look alone.
+PARTS = ("pair_losses.py", "clustering.py")  # of peers.py
 
-Written by `python benchmarks/run_all.py`; what is below the line comes from the scripts named there, each of which can
-be run alone. Times are compared in turn within one run, so that what disturbs one disturbs all; read the ratios, not
-the seconds. The yardstick is the *bare matmul*: real words by real regions and nothing else, which nothing that looks
-at every pair of fragments can beat.
 
-## How it is done
+def digest(script: str) -> str:
+    """Of the library and of the benchmark with what it imports of this folder."""
+    ours, new = set(), {HERE / script}
+    while new:
+        path = new.pop()
+        ours.add(path)
+        names = re.findall(r"^\s*(?:import|from) ([\w, ]+?)(?: import .*)?$", path.read_text("utf-8"), re.MULTILINE)
+        files = (HERE / f"{name.strip()}.py" for line in names for name in line.split(","))
+        new |= {file for file in files if file.is_file()} - ours
+    found = hashlib.sha256()
+    for path in sorted([*ours, *(ROOT / "hrem_layers").rglob("*.py")]):
+        found.update(path.read_bytes())
+    return found.hexdigest()[:12]
 
-- **CPU.** Padding is left out before the product: texts are sorted by length, and texts of one length form a block.
-  The product is made in tiles of 8 MB whose rows begin at a cache line (where they do not, the product itself loses up
-  to 40% of its speed). In a tile stand 32 images or a multiple of it, region by region, so that the maxima over regions
-  and those over words both run along the memory (images with a mask: image by image). What follows the product runs on
-  blocks that stay in a core's cache. The largest values come from NumPy's vectorised sort up to four threads, from
-  `torch.topk` with more.
-- **Backward** on a CPU keeps up to 16.8 million similarities (64 MB in float32) and multiplies the others again. Their
-  derivative is written tile by tile and turned into gradients by two products; memory does not grow with R·W.
-- **CUDA.** cuBLAS multiplies the words of some texts by the regions of some images, in chunks of 8.4 million
-  similarities (32 MB of float32) that are in the L2 cache still when a Triton kernel reads them, once, and turns them
-  into p and q in registers: compute capability 8.0 or more, R up to 256, W up to 128, R·W (in powers of 2) up to
-  16,384, float32, float16, bfloat16 (Triton comes with PyTorch's CUDA builds). Words are padded to the longest text
-  of the batch, as packing them would make the host wait; which texts a program works on is decided on the device.
-  Backward multiplies again, writes the derivative of the similarities and multiplies with cuBLAS. No atomics: the
-  same input gives the same bits as far as cuBLAS does. Half types are multiplied as they are and added in float32
-  (`torch.mm(out_dtype=...)`, PyTorch 2.8; widened before). Under `torch.set_float32_matmul_precision("highest")`, the
-  default, float32 is multiplied as such.
-- **Elsewhere** (other devices, wider batches, float64 on CUDA) the tiles are padded and masked; this does not wait for
-  the device either.
 
----
-"""
+def region(command: str) -> re.Pattern[str]:
+    """Groups: the digest that was written last, and the figures."""
+    return re.compile(rf"<!-- figures: {re.escape(command)}(?:, code (\w+))? -->\n(.*?)\n?{re.escape(END)}", re.DOTALL)
+
+
+def written(figures: Figures, docs: Path) -> re.Match[str]:
+    found = region(figures.command).search((docs / figures.page).read_text(encoding="utf-8"))
+    if found is None:
+        raise ValueError(f"docs/{figures.page} has no place for the figures of {figures.command!r}")
+    return found
+
+
+def write(figures: Figures, docs: Path, code: str, printed: str) -> None:
+    place = written(figures, docs)
+    page = place.string
+    new = f"<!-- figures: {figures.command}, code {code} -->\n\n{printed.strip()}\n\n{END}"
+    (docs / figures.page).write_text(page[: place.start()] + new + page[place.end() :], encoding="utf-8")
+
+
+def run(figures: Figures, quick: bool) -> str | None:
+    """What the script prints; None where it failed."""
+    start = time.perf_counter()
+    options = " ".join([figures.command, figures.quick if quick else ""]).split()
+    command = [sys.executable, f"benchmarks/{options[0]}", *options[1:]]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    failed = "" if done.returncode == 0 else f", failed:\n{done.stderr[-2000:]}"
+    print(f"{figures.command}: {time.perf_counter() - start:.0f} s{failed}", file=sys.stderr, flush=True)
+    return None if failed else done.stdout
+
+
+def listing() -> str:
+    rows = [(f"docs/{x.page}", f"python benchmarks/{x.command}", f"{x.minutes:g} min") for x in FIGURES]
+    rows += [("", f"all of these: {sum(x.minutes for x in FIGURES):.0f} min", "")]
+    rows += [("", "not run by this script:", ""), *((f"docs/{page}", *rest) for page, *rest in SEPARATE)]
+    return "\n".join(f"{page:24} {command:80} {how_long}".rstrip() for page, command, how_long in rows)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("scripts", nargs="*", metavar="SCRIPT", help="some of the page's scripts; none = all")
-    parser.add_argument("--page", choices=PAGES, default="performance", help="the page whose figures are measured")
-    parser.add_argument("--quick", action="store_true", help="few rounds, small sizes")
-    parser.add_argument("--list", action="store_true", help="print every page with its commands, and run nothing")
+    parser.add_argument("scripts", nargs="*", metavar="SCRIPT", help="names of scripts, or of pages; none = all")
+    parser.add_argument("--list", action="store_true", help="print commands with their pages, and run nothing")
+    parser.add_argument("--again", action="store_true", help="also what this code has measured already")
+    parser.add_argument("--quick", action="store_true", help="few rounds, small sizes; writes to runs/quick-pages")
     arguments = parser.parse_args()
     if arguments.list:
-        for page, runs in PAGES.items():
-            commands = (f"    python benchmarks/{run.script} {run.full}".rstrip() for run in runs)
-            print(f"docs/{page}.md", *commands, sep="\n")
+        print(listing())
         return
-    runs = PAGES[arguments.page]
-    known = dict.fromkeys(run.script for run in runs)
-    unknown = set(arguments.scripts) - set(known)
+    unknown = set(arguments.scripts) - {name for x in FIGURES for name in (x.script, x.page)}
     if unknown:
-        parser.error(f"expected names among {', '.join(known)}, got {', '.join(sorted(unknown))}")
-    chosen = [run for run in runs if run.script in (arguments.scripts or known)]
-    if not revision_is_here(OLD):  # no git, or a copy without its history
-        chosen = [run for run in chosen if run.script != "revisions.py"]
-    if arguments.page != "performance":  # prose with tables in it, which a run cannot write
-        sys.exit(1 if run_each(chosen, arguments.quick, lambda text: print(text, flush=True)) else 0)
-    parts = [HEAD]
-    missing = [script for script in known if script not in {run.script for run in chosen}]
-    if missing:
-        parts.append(f"Not run for this page, so not measured: {', '.join(f'`{script}`' for script in missing)}.\n")
-    failed = run_each(chosen, arguments.quick, parts.append)
-    if failed:
-        parts.append(f"Failed, so not measured: {', '.join(f'`{script}`' for script in failed)}.\n")
-    PAGE.parent.mkdir(exist_ok=True)
-    PAGE.write_text("\n".join(parts), encoding="utf-8")
-    print(f"wrote {PAGE}", file=sys.stderr)
-    sys.exit(1 if failed else 0)
-
-
-def run_each(runs: list[Run], quick: bool, take: Callable[[str], object]) -> list[str]:
-    """Hands to ``take`` what each prints; returns the scripts that failed."""
+        parser.error(f"unknown: {', '.join(sorted(unknown))}; --list shows what there is")
+    docs = ROOT / "docs"
+    if arguments.quick:
+        docs = ROOT / "runs" / "quick-pages"
+        docs.mkdir(parents=True, exist_ok=True)
+        for page in {x.page for x in FIGURES}:
+            shutil.copy(ROOT / "docs" / page, docs)
+    chosen = [x for x in FIGURES if not arguments.scripts or {x.script, x.page} & set(arguments.scripts)]
     failed = []
-    for run in runs:
-        options = run.quick if quick else run.full
-        if options is None:
-            print(f"{run.script}: not with --quick", file=sys.stderr)
+    for figures in chosen:
+        code = digest(figures.script)
+        if written(figures, docs)[1] == code and not arguments.again:
+            print(f"{figures.command}: measured by this code already", file=sys.stderr, flush=True)
             continue
-        start = time.perf_counter()
-        path = HERE / run.script
-        path = path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
-        done = subprocess.run([sys.executable, str(path), *options.split()], capture_output=True, text=True)
-        seconds = time.perf_counter() - start
-        print(f"{f'{run.script} {options}'.rstrip()}: {seconds:.0f} s", file=sys.stderr, flush=True)
-        if done.returncode:
-            failed.append(run.script)
-            print(done.stderr[-2000:], file=sys.stderr, flush=True)
-            continue
-        take(done.stdout.strip() + "\n")
-    return failed
-
-
-def revision_is_here(revision: str) -> bool:
-    command = ["git", "-C", str(HERE), "cat-file", "-e", f"{revision}^{{commit}}"]
-    try:
-        return subprocess.run(command, capture_output=True).returncode == 0
-    except FileNotFoundError:
-        return False
+        printed = run(figures, arguments.quick)
+        if printed is None:
+            failed.append(figures.command)
+        else:
+            write(figures, docs, code, printed)
+    if failed:
+        print(f"failed, and their figures as they were: {', '.join(failed)}", file=sys.stderr)
+    sys.exit(1 if failed else 0)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,12 @@
 """How the cost grows with the batch, dense and with candidates; and arithmetic for a batch no machine here holds.
 
-    python benchmarks/scaling_counts.py                     # prints the tables of docs/scaling.md
+    python benchmarks/scaling_counts.py --measured          # the tables of docs/scaling.md
+    python benchmarks/scaling_counts.py --arithmetic
+    python benchmarks/scaling_counts.py --check
 
-The first two tables are measured: FLOP of matrix products as counted by torch.profiler (see
-distributed_counts.py), CPU seconds of one call on one thread, and how far the resident memory of a fresh process
-rose above what it held before the call. The last table is arithmetic with the formulas in :func:`step_costs`.
+Measured: FLOP of matrix products as counted by torch.profiler (see distributed_counts.py), CPU seconds of one call on
+one thread, and how far the resident memory of a fresh process rose above what it held before the call. The arithmetic
+is done with the formulas in :func:`step_costs`, which --check compares with what is counted in 1, 2 and 4 processes.
 """
 
 from __future__ import annotations
@@ -13,14 +15,19 @@ import argparse
 import json
 import multiprocessing
 import resource
+import sys
+import tempfile
 import time
 from pathlib import Path
 
 import torch
-from _common import where
+from _common import in_own_process, section, table
 from distributed_counts import counted
 
 from hrem_layers import AssociationGraph, HREMLoss, RelationInteraction, TripletLoss
+
+GPU_PART = 2**26
+"""Numbers in a part of the candidates' fragments on a GPU, at least: as in hrem_layers/distributed/shares.py."""
 
 
 def inputs(options: argparse.Namespace, n: int, grad: bool) -> list[torch.Tensor]:
@@ -94,42 +101,51 @@ def without_alignment(flops: dict[str, int]) -> float:
     return sum(x for kind, x in flops.items() if kind != "alignment") / 1e9
 
 
-def graph_table(options: argparse.Namespace) -> None:
-    r, w, d = options.regions, options.words, options.dim
-    print(f"\n### AssociationGraph (measured; R = {r}, W = {w}, D = {d}, one thread)\n")
-    print("| N | candidates | alignment, GFLOP | other products, GFLOP | forward, CPU s | memory, MB | "
-          "forward and backward to the fragments, CPU s |")  # fmt: skip
-    print("|---|---|---|---|---|---|---|")
+def graph_table(options: argparse.Namespace) -> str:
+    rows = []
     for n in options.sizes:
         for k in (None, *(k for k in options.candidates if k < n)):
             flops, seconds, memory = measure(graph_work, options, n, k)
             training = "not run"
             if k is not None or n <= options.largest_dense_backward:
                 training = f"{measure(graph_training_work, options, n, k)[1]:.2f}"
-            print(
-                f"| {n} | {k or 'none (dense)'} | {flops.get('alignment', 0) / 1e9:.2f} | "
-                f"{without_alignment(flops):.3f} | {seconds:.2f} | {memory / 1e6:.0f} | {training} |",
-                flush=True,
-            )
+            rows.append([
+                str(n), str(k or "none (dense)"), f"{flops.get('alignment', 0) / 1e9:.2f}",
+                f"{without_alignment(flops):.3f}", f"{seconds:.2f}", f"{memory / 1e6:.0f}", training,
+            ])  # fmt: skip
+            print(*rows[-1], file=sys.stderr, flush=True)
+    return table(
+        ["N", "candidates", "alignment, GFLOP", "other products, GFLOP", "forward, CPU s", "memory, MB",
+         "forward and backward to the fragments, CPU s"], rows,
+    )  # fmt: skip
 
 
-def loss_table(options: argparse.Namespace) -> float:
-    """Returns the bytes per N² of the dense loss at the largest N."""
-    print(f"\n### HREMLoss, fusion, 16 heads, forward and backward (measured; D = {options.dim})\n")
-    print("| N | candidates | alignment, GFLOP | the rest, GFLOP | CPU s | memory, MB | memory / N², bytes |")
-    print("|---|---|---|---|---|---|---|")
-    per_square = 0.0
+def loss_table(options: argparse.Namespace) -> str:
+    rows = []
     for n in options.loss_sizes:
         for k in (None, options.candidates[0]):
             flops, seconds, memory = measure(loss_work, options, n, k)
-            if k is None:
-                per_square = memory / n**2
-            print(
-                f"| {n} | {k or 'none (dense)'} | {flops['alignment'] / 1e9:.2f} | {without_alignment(flops):.2f} | "
-                f"{seconds:.2f} | {memory / 1e6:.0f} | {memory / n**2:.0f} |",
-                flush=True,
-            )
-    return per_square
+            rows.append([
+                str(n), str(k or "none (dense)"), f"{flops['alignment'] / 1e9:.2f}", f"{without_alignment(flops):.2f}",
+                f"{seconds:.2f}", f"{memory / 1e6:.0f}", f"{memory / n**2:.0f}",
+            ])  # fmt: skip
+            print(*rows[-1], file=sys.stderr, flush=True)
+    return table(
+        ["N", "candidates", "alignment, GFLOP", "the rest, GFLOP", "CPU s", "memory, MB", "memory / N², bytes"], rows
+    )
+
+
+def print_measured(options: argparse.Namespace) -> None:
+    r, w, d = options.regions, options.words, options.dim
+    torch.set_num_threads(1)
+    section(
+        "Measured: the dense graph beside lists",
+        f"R = {r}, Wd = {w}, D = {d}, no padding, one thread; memory is what one call added, in a process of its own. "
+        "AssociationGraph:",
+        graph_table(options),
+        "The whole loss, fusion, 16 heads, hardest negatives, forward and backward:",
+        loss_table(options),
+    )
 
 
 def step_costs(
@@ -146,7 +162,9 @@ def step_costs(
     k = candidates if sparse else n
     pairs = (2 * n * k if sparse else n * n) / processes  # each direction aligns its own candidates
     embeddings = nodes * d * 4
+    part = max(n / (2 * processes), GPU_PART / (max(r, w) * d))  # of candidates: what comes at one time
     fetched = min(1, k / processes) if sparse else 1  # at most: two rows may have one candidate
+    held = min(fetched * n, n if through or processes == 1 or not sparse else part)
     received = {
         "fragments received": fetched * n * d * size * (r + w if sparse else min(r, w)) * (2 if through else 1),
         "p and S received": 0 if sparse else 4 * 4 * n * n,
@@ -168,46 +186,54 @@ def step_costs(
         "pair losses, FLOP": 4 * 3 * (2 if sparse else 1) * 2 * n * n * d / shared,
         "projections and feed-forward, FLOP": 3 * 6 * 2 * nodes * d * d / shared,
         **{f"{name}, bytes": volume * elsewhere for name, volume in received.items()},
-        "fragments of one modality, received and normalised, bytes": fetched * n * max(r, w) * d * (size + 4),
+        "fragments of one modality, received and normalised, bytes": held * max(r, w) * d * (size + 4),
         "A and S held, bytes": nodes * (2 * k * (8 + 4 + 1) / processes if sparse else nodes * (4 + 1)),
         "attention weights of all heads, bytes": heads * nodes * (2 * k / processes if sparse else nodes) * 4,
     }
 
 
-def arithmetic_table(per_square: float) -> None:
+def print_arithmetic() -> None:
     n, processes, r, w, d, heads, k = 32768, 256, 36, 32, 1024, 16, 64
-    print(f"\n### Arithmetic, nothing measured: N = {n}, {processes} processes, R = {r}, W = {w}, D = {d}, "
-          f"{heads} heads, fragments in 2 bytes, fragments detached\n")  # fmt: skip
     sizes = {
         "one process, N = 128": (128, 1, None), "dense": (n, processes, None), f"candidates={k}": (n, processes, k),
     }  # fmt: skip
-    columns = {
-        name: step_costs(n, p, r, w, d, heads=heads, candidates=k, through=False, size=2)
-        for name, (n, p, k) in sizes.items()
+    columns = [
+        step_costs(n, p, r, w, d, heads=heads, candidates=k, through=False, size=2) for n, p, k in sizes.values()
+    ]
+    flop = [sum(x for name, x in column.items() if "FLOP" in name) for column in columns]
+    volume = [sum(x for name, x in column.items() if name.endswith("received, bytes")) for column in columns]
+    totals = {
+        "**all FLOP**": flop,
+        "**all bytes received**": volume,
+        "**s at 10¹⁴ FLOP and 25·10⁹ bytes per second, one after the other**": [
+            f / 1e14 + b / 25e9 for f, b in zip(flop, volume, strict=True)
+        ],
     }
-    print("| of one process in one step | " + " | ".join(columns) + " |")
-    print("|---" * (len(columns) + 1) + "|")
-    for name in columns["dense"]:
-        print(f"| {name} | " + " | ".join(f"{column[name]:.2g}" for column in columns.values()) + " |")
-    flop = [sum(x for name, x in column.items() if "FLOP" in name) for column in columns.values()]
-    volume = [sum(x for name, x in column.items() if name.endswith("received, bytes")) for column in columns.values()]
-    print("| **all FLOP** | " + " | ".join(f"{x:.2g}" for x in flop) + " |")
-    print("| **all bytes received** | " + " | ".join(f"{x:.2g}" for x in volume) + " |")
-    seconds = [f / 1e14 + b / 25e9 for f, b in zip(flop, volume, strict=True)]
-    print("| **s at 10¹⁴ FLOP and 25·10⁹ bytes per second, one after the other** | "
-          + " | ".join(f"{x:.2g}" for x in seconds) + " |")  # fmt: skip
-    if per_square:
-        print(f"| the whole dense loss at the {per_square:.0f} bytes · N² measured above, bytes | "
-              f"{per_square * 128**2:.2g} | {per_square * n**2:.2g} | none of it |")  # fmt: skip
+    values = {**{name: [column[name] for column in columns] for name in columns[0]}, **totals}
+    section(
+        "A global batch of 32,768 on 256 GPUs",
+        f"Arithmetic, nothing measured: N = {n:,}, {processes} processes, R = {r}, Wd = {w}, D = {d}, {heads} heads, "
+        "fragments in 2 bytes, fragments detached.",
+        table(
+            ["of one process in one step", *sizes], [[name, *(f"{x:.2g}" for x in row)] for name, row in values.items()]
+        ),
+    )
 
 
-def check_table(counts: Path) -> None:
-    """What distributed_counts.py counted (``--json``), beside the formulas."""
-    found = json.loads(counts.read_text())
-    given, rows = found["options"], found["rows"]
-    print("\n### Counted / formula\n\n| processes | work | counted | formula | ratio |\n|---|---|---|---|---|")
-    name = next(name for name in rows if "candidates" in name)
-    for world, (flops, volume) in rows[name].items():
+def count_in_processes() -> dict:
+    """What distributed_counts.py counts with candidates."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "counts.json")
+        script = Path(__file__).with_name("distributed_counts.py")
+        in_own_process(str(script), "--only", "candidates", "--json", str(file))
+        return json.loads(file.read_text(encoding="utf-8"))
+
+
+def print_check() -> None:
+    found = count_in_processes()
+    given, rows = found["options"], []
+    (counts,) = found["rows"].values()
+    for world, (flops, volume, _) in counts.items():
         costs = step_costs(
             given["items"], int(world), given["regions"], given["words"], given["dim"], heads=16,
             candidates=given["candidates"], through=False, size=4,
@@ -216,17 +242,27 @@ def check_table(counts: Path) -> None:
         received = [x for name, x in costs.items() if "received, bytes" in name]
         for kind, counted_, formula in (
             ("alignment", flops["alignment"], align), ("search", flops["search"], search),
-            ("neighbours", flops["neighbours"], near), ("pair losses", flops["pair losses"], pairs),
+            ("neighbours", flops["neighbours"], near), ("pair losses (formula: at most)", flops["pair losses"], pairs),
             ("projections", flops["rest"], rest), ("all-gathers", volume["all-gather"], received[2]),
             ("all-to-alls (formula: at most)", volume["all-to-all"], received[0]),
             ("reduce-scatters", volume["reduce-scatter"], received[3]),
         ):  # fmt: skip
             ratio = f"{counted_ / formula:.3f}" if formula else "-"
-            print(f"| {world} | {kind} | {counted_:.4g} | {formula:.4g} | {ratio} |")
+            rows.append([world, kind, f"{counted_:.4g}", f"{formula:.4g}", ratio])
+    section(
+        "The formulas beside what is counted",
+        f"N = {given['items']}, R = {given['regions']}, Wd = {given['words']}, D = {given['dim']}, "
+        f"candidates={given['candidates']}, float32, one process of so many: FLOP, and bytes received.",
+        table(["processes", "work", "counted", "formula", "counted / formula"], rows),
+    )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--measured", action="store_true", help="the growth of graph and loss on one process")
+    what.add_argument("--arithmetic", action="store_true", help="a batch that no machine here holds")
+    what.add_argument("--check", action="store_true", help="the formulas beside counts in 1, 2 and 4 processes")
     parser.add_argument("--sizes", type=int, nargs="*", default=[128, 256, 512, 1024])
     parser.add_argument("--loss-sizes", type=int, nargs="*", default=[128, 256, 512, 1024])
     parser.add_argument("--candidates", type=int, nargs="+", default=[8, 16, 32])
@@ -234,17 +270,13 @@ def main() -> None:
     parser.add_argument("--words", type=int, default=32)
     parser.add_argument("--dim", type=int, default=256)
     parser.add_argument("--largest-dense-backward", type=int, default=512)
-    parser.add_argument("--check", type=Path, help="what distributed_counts.py --json wrote: compare, and nothing else")
     options = parser.parse_args()
-    if options.check:
-        check_table(options.check)
-        return
-    if options.sizes:
-        graph_table(options)
-    per_square = loss_table(options) if options.loss_sizes else 0
-    arithmetic_table(per_square)
-    torch.set_num_threads(1)  # as every process here had
-    print(f"\n{where()}")
+    if options.measured:
+        print_measured(options)
+    elif options.arithmetic:
+        print_arithmetic()
+    else:
+        print_check()
 
 
 if __name__ == "__main__":

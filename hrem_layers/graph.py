@@ -33,6 +33,7 @@ from hrem_layers._core.exchange import ALONE, Alone, Exchange, check_exchange
 from hrem_layers._core.numerics import autocast_dtype, autocast_off, compute_dtype, module_dtype
 from hrem_layers.alignment import MODES, Scores, align_fragments
 from hrem_layers.alignment.candidates import align_candidates
+from hrem_layers.alignment.parts import Part, align_in_parts
 from hrem_layers.relations import (
     Cosines,
     RelationBlock,
@@ -379,14 +380,23 @@ class AssociationGraph(nn.Module):
         """p and S of the candidates of this process's rows, (n, k) and (m, k), which ``i2t`` and ``t2i`` name."""
         images, texts, image_mask, text_mask = fragments
         mode = check_choice("alignment", self.alignment, MODES)
+        # backward would need all of them again
+        at_once = torch.is_grad_enabled() and (images.requires_grad or texts.requires_grad)
 
-        def align(side: str, rows: Tensor, mask: Tensor | None, where: Tensor, mlp: nn.Module) -> _Direction:
+        def align(side: str, rows: Tensor, mask: Tensor | None, index: Tensor, mlp: nn.Module) -> _Direction:
+            other = "text" if side == "image" else "image"
             given = (texts, text_mask) if side == "image" else (images, image_mask)
-            others, others_mask, where = exchange.fetch_fragments("text" if side == "image" else "image", *given, where)
-            mean, top = align_candidates(
-                rows, others, mask, others_mask, where,
-                topk=self.topk, mode=mode, chunk_size=self.chunk_size,
-            )  # fmt: skip
+            parts = None if at_once else exchange.parts(other, given[0], index)
+            if parts is None:
+                others, others_mask, where = exchange.fetch_fragments(other, *given, index)
+                mean, top = align_candidates(
+                    rows, others, mask, others_mask, where, topk=self.topk, mode=mode, chunk_size=self.chunk_size
+                )
+            else:
+                fetched = (Part(ids, *exchange.fetch_fragments(other, *given, ids)[:2]) for ids in parts)
+                mean, top = align_in_parts(
+                    rows, mask, index, fetched, topk=self.topk, mode=mode, chunk_size=self.chunk_size
+                )
             return _Direction(mean.detach(), _relevance(mlp, top, mean))
 
         return (

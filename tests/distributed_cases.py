@@ -24,6 +24,7 @@ import torch.multiprocessing as mp
 from torch import Tensor, nn
 
 import hrem_layers.distributed
+import hrem_layers.distributed.shares
 import hrem_layers.graph
 import hrem_layers.loss
 from hrem_layers import (
@@ -512,6 +513,26 @@ def candidates_are_aligned_once_over_the_ranks(rank: int, world: int) -> None:
     with recorded(hrem_layers.graph, "align_candidates") as calls:
         Model(gather=True, candidates=2)(*parts[rank])
     assert [call[4].shape for call in calls] == [(parts[rank][0].shape[0], 2)] * 2
+
+
+@case
+def candidates_come_in_parts_where_they_are_more_than_a_share(rank: int, world: int) -> None:
+    """With the numbers that are no burden set to none: nobody then holds more than half of what it has itself."""
+    shares, empty = hrem_layers.distributed.shares, ragged(world)
+    empty[-1] = tuple(None if x is None else x[:0] for x in empty[-1])
+    least, shares._LEAST = shares._LEAST, {"cpu": 1}
+    try:
+        for parts in (ragged(world), even(world, 5), empty):
+            with recorded(hrem_layers.graph, "align_in_parts") as calls, recorded(shares, "fetch") as fetched:
+                check_equal(rank, parts, candidates=3, detach_fragments=True)
+            own = parts[rank][0].shape[0]
+            assert len(calls) == 2, "both directions"
+            assert max(sum(path.received) for _, path in fetched) <= max(1, own // 2)
+        with recorded(hrem_layers.graph, "align_in_parts") as calls:
+            check_equal(rank, even(world, 5), candidates=3, detach_fragments=False)
+        assert not calls, "backward needs all of them"
+    finally:
+        shares._LEAST = least
 
 
 @case

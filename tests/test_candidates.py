@@ -15,6 +15,7 @@ from torch.autograd import gradcheck
 
 from hrem_layers import AssociationGraph, HREMLoss, SparseRelationGraph, align_fragments
 from hrem_layers.alignment.candidates import align_candidates
+from hrem_layers.alignment.parts import Part, align_in_parts
 from hrem_layers.relations import nearest
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -82,6 +83,26 @@ def test_chosen_pairs_are_those_of_the_dense_alignment(
         torch.testing.assert_close(x, y, rtol=1e-9, atol=1e-9)
     for x, y in zip(gradients(got), gradients(expected), strict=True):  # rounding errors divided by small norms
         torch.testing.assert_close(x, y, rtol=1e-6, atol=1e-6)
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    seed=st.integers(0, 10**6), n=st.integers(0, 6), k=st.integers(1, 6), parts=st.integers(1, 8),
+    mode=st.sampled_from(MODES), masked=st.booleans(),
+)  # fmt: skip
+def test_parts_of_the_candidates_give_what_all_at_once_give(
+    seed: int, n: int, k: int, parts: int, mode: str, masked: bool
+) -> None:
+    b, g = batch(seed, 6, 4, 3, 5, masked), torch.Generator().manual_seed(seed)
+    index = torch.randint(6, (n, k), generator=g)
+    rows, mask = b["image_fragments"][:n], None if b["image_mask"] is None else b["image_mask"][:n]
+    texts, texts_mask = b["text_fragments"], b["text_mask"]
+    expected = align_candidates(rows, texts, mask, texts_mask, index, topk=3, mode=mode)
+    pieces = (x.sort().values for x in torch.randperm(6, generator=g).tensor_split(parts))  # some of them are empty
+    fetched = (Part(ids, texts[ids], None if texts_mask is None else texts_mask[ids]) for ids in pieces)
+    got = align_in_parts(rows, mask, index, fetched, topk=3, mode=mode, chunk_size=None)
+    for x, y in zip(got, expected, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("mode", MODES)

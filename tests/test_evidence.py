@@ -13,7 +13,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks.evidence import collapse, effects, families, read_test, store, synthetic, tables
-from benchmarks.evidence.__main__ import draw_settings, label, run
+from benchmarks.evidence.__main__ import best_settings, draw_settings, label, run
 from benchmarks.evidence.encoders import Pair
 from benchmarks.evidence.graph_quality import measure, percentile_of_own
 from benchmarks.evidence.loaded import load
@@ -189,9 +189,23 @@ def test_settings_are_the_same_for_everyone():
     assert draw_settings(3) == draw_settings(3) != draw_settings(4)
 
 
+def test_best_settings_have_the_highest_mean_over_the_searchs_seeds():
+    def tried(lr, *totals, epochs=8):
+        settings = {"lr": lr, "epochs": epochs}
+        return [
+            line(split="search", seed=1000 + i, metrics={"rsum": x}, settings=settings) for i, x in enumerate(totals)
+        ]
+
+    lines = [*tried(0.1, 30, 10, 11), *tried(0.2, 20, 21, 19), *tried(0.3, 99, epochs=16), *tried(0.4, 90)]
+    assert best_settings(lines, "d", "base", 8) == {"lr": 0.2}  # one seed of 0.4 is not three
+    assert best_settings(lines, "d", "base", 16) == {"lr": 0.3}
+
+
 def test_label_names_the_regime():
     assert label("icons", noise=0.4, share=1) == "icons+noise40"
     assert label("icons", noise=0, share=0.25) == "icons+share25"
+    assert label("icons", noise=0, share=1, epochs=16) == "icons+epochs16"
+    assert tables.describe("icons+share25+epochs16") == "icons, 25% of the training images, 16 epochs"
 
 
 # ---------------------------------------------------------------- the whole way
@@ -246,6 +260,21 @@ def test_combined_difference_by_hand():
     assert sets == ["icons", "stamps"] and (d.n, d.mean) == (2, 3.5)  # 3 and 4
     assert effects.combined(found, "base_infonce", "base", "test") is None
     assert "+3.5" in effects.effects_section(found)
+
+
+def test_difference_at_equal_settings_by_hand():
+    def tried(row, lr, seed, total):
+        return line(row=row, split="search", seed=seed, settings={"lr": lr}, metrics={"rsum": float(total)})
+
+    found = [
+        tried("base", 1, 1000, 10), tried("base", 1, 1001, 20), tried("base", 2, 1000, 5), tried("base", 3, 1000, 0),
+        tried("relations_gated", 1, 1000, 11), tried("relations_gated", 1, 1001, 23),
+        tried("relations_gated", 2, 1000, 10),
+    ]  # fmt: skip
+    d = effects.at_equal_settings(found, "d", "relations_gated", "base")
+    assert (d.n, d.mean) == (3, 3.0)  # 1, 3, 5
+    assert f"| d | +3.0 ± {d.half:.1f} (3) |" in effects.equal_settings_section(found)
+    assert effects.equal_settings_section(found[:4]) == ""
 
 
 def test_missing_weights_and_rows_are_named(tmp_path, data):

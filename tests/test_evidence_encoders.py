@@ -99,6 +99,26 @@ def test_a_share_of_the_images_takes_their_pixels_along(folder, data):
         assert any(torch.equal(pixels, data.train.pixels[i]) for i in found)
 
 
+def test_regions_that_are_not_there_change_nothing(folder, tmp_path):
+    """A folder whose images are padded to one more region gives the same model and the same embeddings."""
+    for file in folder.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    for name in ("train", "dev", "test"):
+        images = np.load(folder / f"{name}_ims.npy")
+        np.save(tmp_path / f"{name}_ims.npy", np.concatenate([images, images[:, :1]], axis=1))
+        np.save(tmp_path / f"{name}_lengths.npy", np.full(len(images), images.shape[1]))
+    for row in ("relations_gated", "soft_relations_infonce", "neighbors_all"):
+        even, padded = (load(path, 1) for path in (folder, tmp_path))
+        assert padded.train.region_mask.sum() == padded.train.region_mask.numel() * 5 / 6
+        a, b = (
+            train(d, ROWS[row], {**SETTINGS, "dropout": 0.0, "images_per_cluster": 2}, seed=0, epochs=1).model.embed(
+                d.dev
+            )
+            for d in (even, padded)
+        )
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+
+
 def test_label_names_the_encoders():
     assert label("icons", noise=0.4, share=1, encoders="trainable") == "icons+trainable+noise40"
 
@@ -115,9 +135,9 @@ def test_soft_targets_of_share_zero_are_infonce(teacher, monkeypatch):
     v, u, words = torch.randn(6, 8), torch.randn(6, 8), torch.randn(6, 3, 5)
     owner, mask = torch.tensor([0, 1, 2, 2, 3, 4]), torch.ones(6, 3, dtype=torch.bool)
     loss = soft_targets.SoftTargetLoss(teacher, 0.1)
-    softened = loss(v, u, words, words, mask, owner, words)
+    softened = loss(v, u, words, words, None, mask, owner, words)
     monkeypatch.setattr(soft_targets, "SHARE", 0.0)
-    hard = loss(v, u, words, words, mask, owner, words)
+    hard = loss(v, u, words, words, None, mask, owner, words)
     expected = InfoNCELoss(0.1)(l2_normalize(v) @ l2_normalize(u).t(), owner.unsqueeze(1) == owner)
     torch.testing.assert_close(hard, expected)
     assert not torch.isclose(softened, expected)
@@ -133,7 +153,7 @@ def test_teacher_of_relations_sends_no_gradient_to_the_encoders(monkeypatch):
     v, u = torch.randn(6, encoders.DIM, requires_grad=True), torch.randn(6, encoders.DIM, requires_grad=True)
     fragments = torch.randn(6, 3, encoders.DIM, requires_grad=True)
     owner, mask = torch.arange(6), torch.ones(6, 3, dtype=torch.bool)
-    loss(v, u, fragments, fragments, mask, owner, fragments).backward()
+    loss(v, u, fragments, fragments, None, mask, owner, fragments).backward()
     got, v.grad = v.grad, None
     InfoNCELoss(SETTINGS["temperature"])(
         l2_normalize(v) @ l2_normalize(u).t(), torch.eye(6, dtype=torch.bool)

@@ -1,8 +1,9 @@
 """Search, then train afresh: python -m benchmarks.evidence --data icons --rows base recipe --seeds 8 --budget 4
 
-Every row gets the same random settings (``--budget`` of them), the best on dev is then trained with ``--seeds`` fresh
-seeds. One line per training goes to results.csv; what is there is not trained again. The weights of the fresh ones
-wait in the cache folder until ``python -m benchmarks.evidence.read_test`` reads the test split, once per row.
+Every row gets the same random settings (``--budget`` of them, each trained ``--search-seeds`` times), the best mean on
+dev is then trained with ``--seeds`` fresh seeds. One line per training goes to results.csv; what is there is not
+trained again. The weights of the fresh ones wait in the cache folder until ``python -m benchmarks.evidence.read_test``
+reads the test split, once per row.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ from benchmarks.evidence.rows import ROWS
 from benchmarks.evidence.training import Trained, evaluate, train
 
 CACHE = Path("~/.cache/hrem-layers/evidence")
-SEARCH_SEED = 1000  # fresh seeds count from 1
+SEARCH_SEED = 1000  # the search's seeds count from here, fresh ones from 1
+EPOCHS = 8
 DEFAULT_ROWS = ("base", "recipe", "relations", "both")
 
 
@@ -40,12 +42,13 @@ def draw_settings(number: int) -> dict[str, Any]:
     }
 
 
-def label(data: str, *, noise: float, share: float, encoders: str = "heads") -> str:
-    """What column "data" says: ``icons``, ``icons+trainable+noise40+share25``; a folder by its name."""
+def label(data: str, *, noise: float, share: float, encoders: str = "heads", epochs: int = EPOCHS) -> str:
+    """What column "data" says: ``icons``, ``icons+trainable+noise40+share25+epochs16``; a folder by its name."""
     name = data if data in folders.DATA else Path(data).resolve().name
     parts = [name, *([encoders] if encoders != "heads" else [])]
     parts += [f"noise{100 * noise:.0f}"] if noise else []
     parts += [f"share{100 * share:.0f}"] if share < 1 else []
+    parts += [f"epochs{epochs}"] if epochs != EPOCHS else []
     return "+".join(parts)
 
 
@@ -53,15 +56,22 @@ def weights_path(cache: Path, data: str, row: str, seed: int) -> Path:
     return cache / "weights" / f"{data.replace('/', '_')}-{row}-{seed}.pt"
 
 
-def best_settings(lines: list[store.Line], data: str, row: str) -> dict[str, Any]:
-    """Of the search's lines of this row the settings with the highest rSum on dev."""
-    found = [x for x in lines if (x.data, x.row, x.split) == (data, row, "search")]
-    return max(found, key=lambda x: x.metrics["rsum"]).settings
+def best_settings(lines: list[store.Line], data: str, row: str, epochs: int) -> dict[str, Any]:
+    """Of the search's settings of this row those with the highest mean rSum on dev, among those with the most seeds."""
+    found: dict[str, dict[int, store.Line]] = {}
+    for x in lines:
+        if (x.data, x.row, x.split, x.settings["epochs"]) == (data, row, "search", epochs):
+            found.setdefault(store.as_json(x.settings), {})[x.seed] = x
+    most = max(map(len, found.values()))
+    totals = {key: sum(x.metrics["rsum"] for x in f.values()) for key, f in found.items() if len(f) == most}
+    settings = dict(next(iter(found[max(totals, key=totals.__getitem__)].values())).settings)
+    del settings["epochs"]
+    return settings
 
 
 def run(
     data: Loaded, name: str, rows: list[str], *, seeds: int, budget: int, epochs: int, results: Path, cache: Path,
-    encoders: str = "heads",
+    encoders: str = "heads", search_seeds: int = 1,
 ) -> None:  # fmt: skip
     """All trainings that ``results`` does not hold yet: first the search of every row, then seed by seed."""
     done = {x.key for x in store.read(results)}
@@ -81,14 +91,14 @@ def run(
         store.append(results, [line])
         print(f"{name} {row} seed {seed} {split}: rSum {metrics['rsum']:.1f}, {trained.seconds:.0f} s", flush=True)
 
-    for number in range(budget):
-        for row in rows:
-            once(row, SEARCH_SEED, "search", draw_settings(number))
+    for seed in range(SEARCH_SEED, SEARCH_SEED + search_seeds):
+        for number in range(budget):
+            for row in rows:
+                once(row, seed, "search", draw_settings(number))
     lines = store.read(results)
     for seed in range(1, seeds + 1):
         for row in rows:
-            settings = best_settings(lines, name, row)
-            once(row, seed, "dev", {k: v for k, v in settings.items() if k != "epochs"})
+            once(row, seed, "dev", best_settings(lines, name, row, epochs))
 
 
 def parser() -> argparse.ArgumentParser:
@@ -99,6 +109,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--share", type=float, default=1.0, help="share of the training images that are used")
     p.add_argument("--encoders", choices=KINDS, default="heads",
                    help="heads on frozen features, or a CNN and a GRU that train as well [%(default)s]")  # fmt: skip
+    p.add_argument("--epochs", type=int, default=EPOCHS, help="passes over the images, a caption each [%(default)s]")
     p.add_argument("--cache-dir", type=Path, default=CACHE, help="packages, features, weights [%(default)s]")
     return p
 
@@ -112,7 +123,8 @@ def load_named(arguments: argparse.Namespace) -> tuple[Loaded, str]:
     folder = (folders.prepare_pixels if pixels else folders.prepare)(arguments.data, arguments.cache_dir.expanduser())
     captions = arguments.captions_per_image or folders.CAPTIONS.get(arguments.data, 5)
     data = load(folder, captions, noise=arguments.noise, share=arguments.share, pixels=pixels)
-    return data, label(arguments.data, noise=arguments.noise, share=arguments.share, encoders=arguments.encoders)
+    a = arguments
+    return data, label(a.data, noise=a.noise, share=a.share, encoders=a.encoders, epochs=a.epochs)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -121,15 +133,16 @@ def main(argv: list[str] | None = None) -> None:
                    help=f"of {', '.join(ROWS)} [%(default)s]")  # fmt: skip
     p.add_argument("--seeds", type=int, default=8, help="fresh seeds per row [%(default)s]")
     p.add_argument("--budget", type=int, default=8, help="settings tried per row [%(default)s]")
-    p.add_argument("--epochs", type=int, default=8, help="passes over the images, a caption each [%(default)s]")
+    p.add_argument("--search-seeds", type=int, default=3, help="trainings per setting of the search [%(default)s]")
     p.add_argument("--results", type=Path, default=store.RESULTS)
     arguments = p.parse_args(argv)
-    if arguments.seeds < 0 or arguments.budget < 1 or arguments.epochs < 1:
-        p.error("--seeds must be at least 0, --budget and --epochs at least 1")
+    if arguments.seeds < 0 or min(arguments.budget, arguments.epochs, arguments.search_seeds) < 1:
+        p.error("--seeds must be at least 0, --budget, --epochs and --search-seeds at least 1")
     data, name = load_named(arguments)
     run(
         data, name, arguments.rows, seeds=arguments.seeds, budget=arguments.budget, epochs=arguments.epochs,
         results=arguments.results, cache=arguments.cache_dir.expanduser(), encoders=arguments.encoders,
+        search_seeds=arguments.search_seeds,
     )  # fmt: skip
 
 

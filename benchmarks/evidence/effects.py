@@ -7,6 +7,15 @@ from collections.abc import Sequence
 from benchmarks.evidence import store
 from benchmarks.evidence.statistics import Difference, number, paired
 
+COLUMNS = {
+    "InfoNCE − triplet": ("base_infonce", "base"),
+    "relations": ("relations_gated", "base"),
+    "relations on InfoNCE": ("relations_gated_infonce", "base_infonce"),
+    "recipe, without the gate": ("recipe", "base"),
+    "on InfoNCE, without the gate": ("relations_infonce", "base_infonce"),
+    "neighbours, half": ("neighbors_half", "base"),
+    "neighbours, half, on InfoNCE": ("neighbors_half_infonce", "base_infonce"),
+}
 UNREAD = ("icons", "openclipart", "stamps")  # the recipe was fixed before their test splits were read
 
 
@@ -15,6 +24,45 @@ def difference_of(lines: Sequence[store.Line], data: str, row: str, other: str, 
     a, b = store.by_seed(lines, data, row, split), store.by_seed(lines, data, other, split)
     common = sorted(a.keys() & b.keys())
     return paired([a[s] for s in common], [b[s] for s in common]) if common else None
+
+
+def at_equal_settings(lines: Sequence[store.Line], data: str, row: str, other: str) -> Difference | None:
+    """row − other of rSum on dev over the search's trainings that both have, of equal settings and seed.
+
+    Which settings were chosen for whom, which on few trainings is partly chance, has no part in it.
+    """
+    a, b = (
+        {
+            (store.as_json(x.settings), x.seed): x.metrics["rsum"]
+            for x in lines
+            if x[:2] == (data, r) and x.split == "search"
+        }
+        for r in (row, other)
+    )
+    common = sorted(a.keys() & b.keys())
+    return paired([a[k] for k in common], [b[k] for k in common]) if len(common) > 1 else None
+
+
+def equal_settings_section(lines: Sequence[store.Line]) -> str:
+    """The table of :func:`at_equal_settings` of the rows on relations."""
+    columns = [x for x in COLUMNS.items() if x[0].startswith("relations")]
+    body = []
+    for data in dict.fromkeys(x.data for x in lines):
+        found = [at_equal_settings(lines, data, *rows) for _, rows in columns]
+        if any(found):
+            cells = ["" if d is None else f"{number(d.mean, True)} ± {number(d.half)} ({d.n})" for d in found]
+            body.append(f"| {' | '.join([data, *cells])} |")
+    if not body:
+        return ""
+    return "\n".join([
+        "### At equal settings\n",
+        "Which settings a row is read with was chosen on few trainings, which is partly chance, and moves more than "
+        "relations do. So also the differences on dev over all trainings of the search, each to that of the base with "
+        "the same settings and seed (in brackets how many; good settings and bad ones alike):\n",
+        f"| data | {' | '.join(name for name, _ in columns)} |",
+        f"|---|{'---|' * len(columns)}",
+        *body,
+    ]) + "\n"  # fmt: skip
 
 
 def combined(lines: Sequence[store.Line], row: str, other: str, split: str) -> tuple[list[str], Difference] | None:
@@ -33,13 +81,7 @@ def combined(lines: Sequence[store.Line], row: str, other: str, split: str) -> t
 
 def effects_section(lines: Sequence[store.Line], split: str = "test") -> str:
     """What moves rSum by how much: settings, the pair loss, relations, neighbour batches."""
-    columns = {
-        "InfoNCE − triplet": ("base_infonce", "base"),
-        "recipe − base": ("recipe", "base"),
-        "relations − base": ("relations", "base"),
-        "relations on InfoNCE": ("relations_infonce", "base_infonce"),
-        "neighbours, half": ("neighbors_half", "base"),
-    }
+    columns = COLUMNS
     out = [
         "\n## What moves rSum by how much\n",
         "Range of `base` on dev over the settings that were tried, then differences on test, every row with its own "
@@ -55,7 +97,7 @@ def effects_section(lines: Sequence[store.Line], split: str = "test") -> str:
             cells.append("" if d is None else f"{number(d.mean, True)} ± {number(d.half)}")
         cells.append(_time_ratio(lines, data))
         out.append(f"| {' | '.join(cells)} |")
-    for title in ("recipe − base", "relations on InfoNCE", "InfoNCE − triplet"):
+    for title in columns:
         if (found := combined(lines, *columns[title], split)) is not None:
             sets, d = found
             out.append(
@@ -73,7 +115,8 @@ def _time_ratio(lines: Sequence[store.Line], data: str) -> str:
             seconds.setdefault(x.row, {})[store.as_json(x.settings)] = x.seconds
     ratios = [
         ours / seconds[other][key]
-        for row, other in (("recipe", "base"), ("relations", "base"), ("relations_infonce", "base_infonce"))
+        for row, other in (*COLUMNS.values(), ("relations", "base"))
+        if row not in ("base_infonce", "neighbors_half", "neighbors_half_infonce")
         for key, ours in seconds.get(row, {}).items()
         if key in seconds.get(other, {})
     ]

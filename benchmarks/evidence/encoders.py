@@ -43,21 +43,25 @@ class Pair(nn.Module):
         """What :meth:`forward` takes rows of."""
         return split.images
 
-    def encode_images(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        return self.image(images)
+    def encode_images(self, images: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return self.image(images, mask)
 
     def encode_texts(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         return self.text(self.vectors[tokens], tokens > 0)
 
-    def forward(self, images: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        v, regions = self.encode_images(images)
+    def forward(
+        self, images: Tensor, tokens: Tensor, region_mask: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        v, regions = self.encode_images(images, region_mask)
         u, words = self.encode_texts(tokens)
         return v, u, regions, words
 
     @torch.no_grad()
     def embed(self, split: Split) -> tuple[Tensor, Tensor]:
         self.eval()
-        v = torch.cat([self.encode_images(x)[0] for x in self.pictures(split).split(500)])
+        pictures = self.pictures(split)
+        parts = torch.arange(len(pictures)).split(500)
+        v = torch.cat([self.encode_images(pictures[i], split.masked(i))[0] for i in parts])
         u = torch.cat([self.encode_texts(t)[0] for t in split.tokens.split(500)])
         return v, u
 
@@ -83,7 +87,8 @@ class TrainablePair(Pair):
             raise ValueError("split: expected pixels, got none")
         return split.pixels
 
-    def encode_images(self, images: Tensor) -> tuple[Tensor, Tensor]:
+    def encode_images(self, images: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """``mask`` is of the features; the pixels' regions are all real."""
         x = images.float() / 127.5 - 1
         if self.training:
             x = _moved(x)

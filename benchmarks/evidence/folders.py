@@ -13,7 +13,7 @@ SIZE = 96  # pixels: 9 grid cells of EfficientNet-Lite0
 SMALL = 32  # pixels: 16 regions of the small CNN
 SEEDS = {"icons": 1}  # of the split [0]
 HELD_OUT = {"icons": (500, 1000), "openclipart": (200, 500), "stamps": (100, 200)}  # about so many for dev, test
-CAPTIONS = {"icons": 2, "icons_split1": 2, "openclipart": 1, "stamps": 1, "emoji": 5, "synthetic": 1}
+CAPTIONS = {"icons": 2, "icons_split1": 2, "openclipart": 1, "stamps": 1, "emoji": 5, "scenes": 5, "synthetic": 1}
 DATA = tuple(CAPTIONS)
 
 
@@ -32,6 +32,10 @@ def prepare(data: str, cache: Path) -> Path:
         from emoji_pairs import prepare_emoji_pairs  # examples/, which sources puts on the path
 
         return prepare_emoji_pairs(cache)
+    if data == "scenes":  # not those of the script's default data, whose test split was read
+        from emoji_scenes import Recipe, prepare_emoji_scenes
+
+        return prepare_emoji_scenes(cache, recipe=Recipe(train=2500, dev=500, test=1000, seed=1))
     folder = cache / f"{data}-pairs"
     if not (folder / "whole").is_file():
         folder.mkdir(parents=True, exist_ok=True)

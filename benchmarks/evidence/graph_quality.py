@@ -45,9 +45,9 @@ def measure(model: Pair, split: Split, alignment: str) -> dict[str, float]:
     for start in range(0, len(split.images) - size + 1, size):
         images = torch.arange(start, start + size)
         tokens = split.tokens[torch.searchsorted(split.owner, images)]
-        _, _, regions, words = model(split.images[images], tokens)
-        mask = tokens > 0
-        p = align_fragments(regions, words, None, mask, topk=1, mode=alignment)
+        real, mask = split.masked(images), tokens > 0
+        _, _, regions, words = model(split.images[images], tokens, real)
+        p = align_fragments(regions, words, real, mask, topk=1, mode=alignment)
         length = mask.sum(dim=1).double()
         i2t, t2i = p.mean_i2t, p.mean_t2i  # [image, text], [text, image]
         found.append([

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from benchmarks.evidence import sources  # noqa: F401  puts examples/ on the path
+from hrem_layers._core.masked import masked_mean, zero_padding
+
+if TYPE_CHECKING:
+    from pair_data import Pairs
 
 COMPONENTS = 256
+SAMPLE = 2000  # training images that the components are computed from, or a little more
 
 
 class Split(NamedTuple):
@@ -21,10 +27,19 @@ class Split(NamedTuple):
     tokens: Tensor  # [m, w] rows of the vectors, 0 = padding
     owner: Tensor  # [m]
     pixels: Tensor | None = None  # [n, 3, s, s] uint8
+    region_mask: Tensor | None = None  # [n, r] bool; None = all real
 
     @property
     def mask(self) -> Tensor:
         return self.tokens > 0
+
+    def masked(self, images: Tensor) -> Tensor | None:
+        """Which regions of these images (indices) are real."""
+        return None if self.region_mask is None else self.region_mask[images]
+
+    def means(self) -> Tensor:
+        """(n, f): of each image its mean region."""
+        return masked_mean(self.images, self.region_mask)
 
 
 class Loaded(NamedTuple):
@@ -62,8 +77,20 @@ def load(
         chosen = np.arange(p.num_images)
         if name == "train" and share < 1:
             chosen = np.sort(np.random.default_rng(0).permutation(chosen)[: max(1, round(share * len(chosen)))])
-        features = np.stack([p.features.row(int(i) * p.rows_per_image) for i in chosen])
-        project = project or _principal_components(features)
+
+        def features(which: np.ndarray, p: Pairs = p) -> np.ndarray:
+            return np.stack([p.features.row(int(i) * p.rows_per_image) for i in which])
+
+        mask = None
+        if p.lengths is not None:
+            lengths = p.lengths[chosen * p.rows_per_image]
+            mask = torch.from_numpy(np.arange(p.features.shape[1]) < lengths[:, None])
+        if project is None:
+            some = slice(None, None, max(1, len(chosen) // SAMPLE))
+            real = slice(None) if mask is None else mask[some].numpy()
+            project = _principal_components(features(chosen[some])[real])
+        # a few at a time: the features of a large data set as they are may not fit into memory
+        images = torch.cat([project(features(part)) for part in np.split(chosen, range(500, len(chosen), 500))])
         captions = [c for i in chosen for c in said[name][i * captions_per_image : (i + 1) * captions_per_image]]
         tokens = torch.zeros(len(captions), min(32, max(map(len, captions))), dtype=torch.long)
         for i, caption in enumerate(captions):
@@ -73,7 +100,7 @@ def load(
             tokens = _shuffled(tokens, noise)
         owner = torch.arange(len(captions)) // captions_per_image
         drawn = _pixels(folder / f"{name}_pixels.npy", p.num_images)[torch.from_numpy(chosen)] if pixels else None
-        out[name] = Split(project(features), tokens, owner, drawn)
+        out[name] = Split(zero_padding(images, mask), tokens, owner, drawn, mask)
     return Loaded(out["train"], out["dev"], out["test"], vectors)
 
 
@@ -111,15 +138,10 @@ def _vectors(folder: Path, listed: list[str]) -> np.ndarray:
     return out / np.sqrt((out**2).mean())
 
 
-def _principal_components(features: np.ndarray):  # type: ignore[no-untyped-def]
-    """The map (n, R, F) -> (n, R, min(F, 256)) float32 of mean square 1 that these features make."""
-    flat = np.asarray(features[:: max(1, len(features) // 2000)], dtype=np.float64).reshape(-1, features.shape[-1])
+def _principal_components(sample: np.ndarray) -> Callable[[np.ndarray], Tensor]:
+    """The map (n, R, F) -> (n, R, min(F, 256)) float32 that makes these features' mean square 1."""
+    flat = np.asarray(sample, dtype=np.float64).reshape(-1, sample.shape[-1])
     mean = flat.mean(axis=0)
     values, axes = np.linalg.eigh(np.cov((flat - mean).T))
     axes = axes[:, -COMPONENTS:] / np.sqrt(values[-COMPONENTS:].clip(min=0).mean())
-
-    def project(x: np.ndarray) -> Tensor:
-        parts = [(x[i : i + 500] - mean) @ axes for i in range(0, len(x), 500)]
-        return torch.from_numpy(np.concatenate(parts).astype(np.float32))
-
-    return project
+    return lambda x: torch.from_numpy(((x - mean) @ axes).astype(np.float32))

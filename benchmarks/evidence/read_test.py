@@ -43,7 +43,7 @@ def subsets(data: Loaded) -> dict[str, tuple[Tensor, Tensor]]:
         images = torch.zeros(len(test.images), dtype=torch.bool)
         images[test.owner[texts]] = True
         out[f"rare{limit}"] = images, texts
-    x = l2_normalize(test.images.mean(dim=1))
+    x = l2_normalize(test.means())
     nearest = (x @ x.t()).fill_diagonal_(-1).amax(dim=1)
     near = nearest >= nearest.quantile(0.75)
     out["near"] = near, near[test.owner]

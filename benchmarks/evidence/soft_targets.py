@@ -34,15 +34,15 @@ class SoftTargetLoss(nn.Module):
             raise ValueError(f"teacher: expected one of {', '.join(TEACHERS)}, relations with hrem, got {teacher!r}")
         self.teacher, self.temperature, self.hrem = teacher, temperature, hrem
 
-    def forward(self, v: Tensor, u: Tensor, regions: Tensor, words: Tensor, mask: Tensor, owner: Tensor,
-                meanings: Tensor) -> Tensor:  # fmt: skip
+    def forward(self, v: Tensor, u: Tensor, regions: Tensor, words: Tensor, region_mask: Tensor | None,
+                mask: Tensor, owner: Tensor, meanings: Tensor) -> Tensor:  # fmt: skip
         """``meanings`` (M, W, d) are the word vectors; the rest as for :class:`~hrem_layers.HREMLoss`."""
         x, y = l2_normalize(v), l2_normalize(u)
         positives = owner.unsqueeze(1) == owner
         if self.hrem is None:
             return self._cross_entropy(x @ y.t(), positives, *self._teach(x.detach(), y.detach(), mask, meanings))
         detached = v.detach(), u.detach(), regions.detach(), words.detach()
-        relations = self.hrem.relate(*detached, None, mask, owner)
+        relations = self.hrem.relate(*detached, region_mask, mask, owner)
         enhanced = relations.image_enhanced @ relations.text_enhanced.t()
         own = self.hrem.pair_loss(enhanced, positives)
         reg = self.hrem.graph.regularization(relations.graph, x.detach(), y.detach())

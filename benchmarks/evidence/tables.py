@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.evidence import collapse, store
-from benchmarks.evidence.effects import difference_of, effects_section
+from benchmarks.evidence.effects import difference_of, effects_section, equal_settings_section
 from benchmarks.evidence.statistics import Difference, number, summarize
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -23,18 +23,22 @@ temperature, weight of the relational terms, images per cluster), the best on de
 the test split is read once per row (`benchmarks/evidence/readings.csv` logs when). Difference: to `base` (or to
 `base_infonce` for rows on InfoNCE), paired by seed, with its 95% t interval; "could see" is the smallest true
 difference that the experiment would have found with probability 0.8. The intervals cover the scatter of training
-seeds, for one choice of settings and one split; with many rows, one in twenty is off by chance.
+seeds, for one choice of settings and one split; with many rows, one in twenty is off by chance. In the first regimes a
+setting was judged by one training, later by the mean of three (`--search-seeds`); the tables say how many trainings
+the search had.
 
 The form of the interaction (the residual) and the recipe were chosen on icons, on pictures that overlap the first test
 split of that source. So its test split was drawn anew, from families of which no picture had been in an earlier test or
 dev split or in the held-out part of that study (`splits/read/icons.txt` lists those); "first split" marks the tables
 from before. Test splits of openclipart and stamps were read after the choice, once per row.
 
-Rows with relations had the residual without a gate (`gate=None`), which was the default when they were run, but for
-those named `relations_gated`.
+Rows named `relations...` had the residual without a gate (`gate=None`), which was the default when they were run;
+`relations_gated` and what begins with `gated` have the library's default, a gate learned from 0.
 
-The data are drawings with names and keywords, frozen features of an ImageNet network and frozen word vectors below
-small trained encoders. They say nothing about the figures on Flickr30K or COCO.
+The data are drawings with names and keywords (icons, openclipart, stamps), scenes of two to four emoji with five
+captions each (other ones than the script's default data) and topics made in code (synthetic). Encoders are small: heads
+on frozen features of an ImageNet network and on frozen word vectors, or a CNN and a GRU from scratch
+(`--encoders trainable`). They say nothing about the figures on Flickr30K or COCO.
 `python -m benchmarks.evidence --data FOLDER` makes the same table of any data in the field's precomputed form.
 """
 NAMES = {"icons_split1": "icons, first split (read before the form of the interaction was chosen)"}
@@ -42,6 +46,7 @@ DATA_NOTES = {
     "trainable": "CNN and GRU trained from scratch",
     "noise": "{}% of the training captions shuffled among the images",
     "share": "{}% of the training images",
+    "epochs": "{} epochs",
 }
 
 
@@ -64,7 +69,7 @@ def main_table(lines: Sequence[store.Line], data: str, split: str) -> list[str]:
         means = [
             summarize(list(store.by_seed(lines, data, row, split, m).values())) for m in ("rsum", "i2t_r1", "t2i_r1")
         ]
-        total = f"{number(means[0].mean)} ± {number(means[0].error)}"
+        total = number(means[0].mean) + (f" ± {number(means[0].error)}" if means[0].n > 1 else "")
         d = None if row == base_of(row) else difference(lines, data, row, split)
         ends = ["", ""] if d is None else [f"{number(d.mean, True)} ± {number(d.half)}", number(d.detectable)]
         cells = [f"`{row}`", str(means[0].n), total, number(means[1].mean), number(means[2].mean), *ends]
@@ -99,14 +104,14 @@ def describe(data: str) -> str:
     return name
 
 
-def page(lines: Sequence[store.Line], extra: str = "") -> str:
-    """The whole page."""
-    out = [INTRODUCTION]
+def tables(lines: Sequence[store.Line]) -> str:
+    """Of every data set what its rows reached on test and dev, and on parts of test."""
+    out = ["## All tables\n"]
     for data in dict.fromkeys(x.data for x in lines):
         searched = [x.row for x in lines if (x.data, x.split) == (data, "search")]
-        budget = ", ".join(sorted({str(searched.count(row)) for row in searched}))
-        out.append(f"## {describe(data)[0].upper()}{describe(data)[1:]}\n")
-        out.append(f"Settings tried per row: {budget}. rSum: mean ± standard error over the fresh seeds.\n")
+        budget = ", ".join(map(str, sorted({searched.count(row) for row in searched})))
+        out.append(f"### {describe(data)[0].upper()}{describe(data)[1:]}\n")
+        out.append(f"Trainings of the search per row: {budget}. rSum: mean ± standard error over the fresh seeds.\n")
         for split, title in (("test", "Test"), ("dev", "Dev, on which the settings were chosen")):
             if any(x.data == data and x.split == split for x in lines):
                 out += [f"{title}:\n", *main_table(lines, data, split), ""]
@@ -119,7 +124,7 @@ def page(lines: Sequence[store.Line], extra: str = "") -> str:
                 *parts,
                 "",
             ]
-    return "\n".join(out) + extra
+    return "\n".join(out)
 
 
 def draw(lines: Sequence[store.Line], path: Path) -> None:
@@ -176,19 +181,27 @@ def main(argv: list[str] | None = None) -> None:
     lines = store.read(arguments.results)
     if not lines:
         parser.error(f"{arguments.results} holds no trainings")
-    extra = effects_section(lines)
     beside = arguments.results.with_name
-    if beside("guide.md").is_file():  # written by hand, from the tables
-        extra += "\n" + beside("guide.md").read_text(encoding="utf-8")
-    extra += quality_section(beside("graph_quality.csv"))
-    if beside("collapse.md").is_file():  # likewise
-        extra += "\n" + beside("collapse.md").read_text(encoding="utf-8")
-    if trainings := collapse.read(beside("collapse.csv")):
-        extra += "\n" + "\n".join(collapse.summary(trainings)) + "\n"
     plot = arguments.docs / "results.svg"
     draw(lines, plot)
-    picture = "\n![differences to the base](results.svg)\n" if plot.is_file() else ""
-    (arguments.docs / "results.md").write_text(page(lines, picture + extra), encoding="utf-8")
+    parts = [
+        INTRODUCTION,
+        _written(beside("guide.md")),
+        effects_section(lines),
+        equal_settings_section(lines),
+        "![differences to the base](results.svg)\n" if plot.is_file() else "",
+        tables(lines),
+        quality_section(beside("graph_quality.csv")),
+        _written(beside("collapse.md")),
+        "\n".join(collapse.summary(trainings)) + "\n" if (trainings := collapse.read(beside("collapse.csv"))) else "",
+    ]
+    text = "\n".join(part.strip("\n") + "\n" for part in parts if part.strip())
+    (arguments.docs / "results.md").write_text(text, encoding="utf-8")
+
+
+def _written(path: Path) -> str:
+    """A part of the page that is written by hand, from the tables."""
+    return path.read_text(encoding="utf-8") if path.is_file() else ""
 
 
 if __name__ == "__main__":

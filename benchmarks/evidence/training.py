@@ -40,11 +40,12 @@ def train(
         owner = data.train.owner[i]
         tokens = data.train.tokens[i]
         tokens = tokens[:, : int((tokens > 0).sum(dim=1).max())]
-        v, u, regions, words = model(pictures[owner], tokens)
+        real = data.train.masked(owner) if encoders == "heads" else None
+        v, u, regions, words = model(pictures[owner], tokens, real)
         if isinstance(loss, SoftTargetLoss):
-            total = loss(v, u, regions, words, tokens > 0, owner, data.vectors[tokens])
+            total = loss(v, u, regions, words, real, tokens > 0, owner, data.vectors[tokens])
         elif isinstance(loss, HREMLoss):
-            total = loss(v, u, regions, words, None, tokens > 0, owner)
+            total = loss(v, u, regions, words, real, tokens > 0, owner)
         else:
             total = loss(cosine_matrix(l2_normalize(v), l2_normalize(u)), owner.unsqueeze(1) == owner)
         optimizer.zero_grad()
@@ -75,7 +76,7 @@ def make_batches(split: Split, row: Row, settings: dict[str, Any], *, seed: int,
     sampler = None
     if row.neighbors:
         k = row.images_per_cluster or settings["images_per_cluster"]
-        means = split.images.mean(dim=1).numpy()
+        means = split.means().numpy()
         sampler = NeighborBatchSampler(
             means, clusters_per_batch=size // k, images_per_cluster=k, captions_per_image=per_image, seed=seed
         )

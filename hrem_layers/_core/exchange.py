@@ -43,6 +43,11 @@ class Exchange(Protocol):
         where each is among them, in the shape of ``index``, whose values are numbers of rows of all."""
         ...
 
+    def parts(self, side: str, fragments: Tensor, index: Tensor) -> tuple[Tensor, ...] | None:
+        """The numbers in ``index`` in as many parts on every process, each (C,) ascending, that :meth:`fetch_fragments`
+        is to be asked for one after another, so that what is held at one time is a share of all; None = at once."""
+        ...
+
     def gather_rows(self, side: str, x: Tensor) -> Tensor:
         """Results (n, ...) for this process's rows -> (N, ...) for all, for work that all processes repeat."""
         ...
@@ -92,6 +97,9 @@ class Alone:
         self, side: str, fragments: Tensor, mask: Tensor | None, index: Tensor
     ) -> tuple[Tensor, Tensor | None, Tensor]:
         return fragments, mask, index
+
+    def parts(self, side: str, fragments: Tensor, index: Tensor) -> tuple[Tensor, ...] | None:
+        return None
 
     def gather_rows(self, side: str, x: Tensor) -> Tensor:
         return x

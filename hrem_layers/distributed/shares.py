@@ -22,6 +22,9 @@ from hrem_layers.distributed.collectives import (
     take_own,
 )
 
+# Numbers in the fragments of others that are no burden: less is not fetched in parts.
+_LEAST, _LEAST_ELSEWHERE = {"cpu": 2**21}, 2**26
+
 
 class Shares(NamedTuple):
     """An :class:`hrem_layers._core.exchange.Exchange` over ``torch.distributed``."""
@@ -62,6 +65,19 @@ class Shares(NamedTuple):
         own_mask = self._padded_mask(side, fragments, mask)
         mask = None if own_mask is None else fetch(own_mask.to(torch.uint8), path).bool()
         return rows, mask, torch.searchsorted(wanted, index)
+
+    @_disable_dynamo
+    def parts(self, side: str, fragments: Tensor, index: Tensor) -> tuple[Tensor, ...] | None:
+        wanted, own = index.unique(), self.own(side, 0)
+        one = max(1, self._width(side) * fragments.shape[2])
+        most = max((own.stop - own.start) // 2, _LEAST.get(fragments.device.type, _LEAST_ELSEWHERE) // one, 1)
+        needed = torch.tensor([-(-len(wanted) // most)], device=index.device)
+        number = int(gather_constant(needed, (1,) * len(self.image_sizes)).max())
+        if number <= 1:
+            return None
+        first = int(torch.searchsorted(wanted, own.start))  # each begins with its own: at no time all ask one for all
+        turned = torch.cat([wanted[first:], wanted[:first]])
+        return tuple(part.sort().values for part in turned.tensor_split(number))
 
     def gather_rows(self, side: str, x: Tensor) -> Tensor:
         return gather_replicated(x, self.sizes(side))
