@@ -64,16 +64,19 @@ class Timing(NamedTuple):
     best: float
 
 
-def time_in_turn(variants: dict[str, Callable[[], object]], repeats: int, clock: str = "wall") -> dict[str, Timing]:
-    return {name: summarize(values) for name, values in seconds_in_turn(variants, repeats, clock).items()}
+def time_in_turn(
+    variants: dict[str, Callable[[], object]], repeats: int, clock: str = "wall", *, warm_up: bool = True
+) -> dict[str, Timing]:
+    seconds = seconds_in_turn(variants, repeats, clock, warm_up=warm_up)
+    return {name: summarize(values) for name, values in seconds.items()}
 
 
 def seconds_in_turn(
-    variants: dict[str, Callable[[], object]], repeats: int, clock: str = "wall"
+    variants: dict[str, Callable[[], object]], repeats: int, clock: str = "wall", *, warm_up: bool = True
 ) -> dict[str, list[float]]:
-    """Each variant once to warm up, then ``repeats`` rounds in which each runs once: noise meets all alike."""
+    """Each variant once, to ``warm_up``, then ``repeats`` rounds in which each runs once: noise meets all alike."""
     now = {"wall": time.perf_counter, "cpu": time.process_time}[clock]
-    for run in variants.values():
+    for run in variants.values() if warm_up else ():
         run()
     seconds: dict[str, list[float]] = {name: [] for name in variants}
     for _ in range(repeats):

@@ -7,7 +7,7 @@ the products along neighbour lists; and the bytes that each process receives in 
 FSDP's own not included). The global batch stays the same; every process holds an equal part of it. Largest figure over
 the processes.
 
-    python benchmarks/distributed_counts.py --memory     # instead: peak memory of a process with candidates, larger N
+    python benchmarks/distributed_counts.py --memory     # instead: peak memory of a process, dense and with candidates
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from _common import extra_peak_mb
+from _common import extra_peak_mb, where
 from torch.profiler import ProfilerActivity, profile, record_function
 
 import hrem_layers.loss
@@ -174,25 +174,30 @@ def measure(rank: int, world: int, options: argparse.Namespace, folder: str) -> 
 def measure_memory(rank: int, world: int, options: argparse.Namespace, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=world)
-    torch.manual_seed(0)
-    d = options.dim
-    loss = HREMLoss(
-        d, graph=AssociationGraph(candidates=options.candidates), gather_distributed=True,
-        pair_loss=TripletLoss(negative_sampling="hardest"),
-    )  # fmt: skip
+    d, found = options.dim, {}
+    for name, candidates in (("dense", None), (f"candidates={options.candidates}", options.candidates)):
+        if options.only and options.only not in name:
+            continue
+        torch.manual_seed(0)
+        loss = HREMLoss(
+            d, graph=AssociationGraph(candidates=candidates), gather_distributed=True,
+            pair_loss=TripletLoss(negative_sampling="hardest"),
+        )  # fmt: skip
 
-    def work(n: int):
-        shapes = (n, d), (n, d), (n, options.regions, d), (n, options.words, d)
-        inputs = [torch.randn(*shape, requires_grad=True) for shape in shapes]
-        return lambda: loss(*inputs).backward()
+        def work(n: int, loss=loss):
+            shapes = (n, d), (n, d), (n, options.regions, d), (n, options.words, d)
+            inputs = [torch.randn(*shape, requires_grad=True) for shape in shapes]
+            return lambda: loss(*inputs).backward()
 
-    work(2 * options.candidates)()
-    run = work(options.items // world)
-    dist.barrier()
-    peak = torch.tensor(extra_peak_mb(run))
-    dist.all_reduce(peak, dist.ReduceOp.MAX)
+        work(2 * options.candidates)()
+        run = work(options.items // world)
+        dist.barrier()
+        peak = torch.tensor(extra_peak_mb(run))
+        dist.all_reduce(peak, dist.ReduceOp.MAX)
+        found[name] = peak.item()
+        del run
     if rank == 0:
-        Path(folder, "results.json").write_text(json.dumps(peak.item()))
+        Path(folder, "results.json").write_text(json.dumps(found))
     dist.destroy_process_group()
 
 
@@ -214,10 +219,16 @@ def main() -> None:
     parser.add_argument("--only", help="only graphs whose name has this in it, such as candidates")
     parser.add_argument("--memory", action="store_true", help="peak memory of a process instead of counts")
     options = parser.parse_args()
+    torch.set_num_threads(1)  # of each process; said below
     if options.memory:
-        print("| processes | peak of a process beyond its part of the batch, MB |\n|---|---|")
+        print(f"N = {options.items} in all, R = {options.regions}, W = {options.words}, D = {options.dim}\n")
+        graphs = [name for name in ("dense", f"candidates={options.candidates}") if (options.only or "") in name]
+        print(f"Peak of a process beyond its part of the batch, MB:\n\n| processes | {' | '.join(graphs)} |")
+        print("|---" * (1 + len(graphs)) + "|")
         for world in options.processes:
-            print(f"| {world} | {in_processes(measure_memory, world, options):.0f} |", flush=True)
+            found = in_processes(measure_memory, world, options)
+            print(f"| {world} | {' | '.join(f'{found[name]:.0f}' for name in graphs)} |", flush=True)
+        print(f"\n{where()}")
         return
     table: dict[str, dict[int, list]] = {}
     for world in options.processes:
@@ -240,6 +251,7 @@ def main() -> None:
                 f"| {name} | {world} | {cells} | {(volume['all-gather'] + volume['broadcast']) / 1e6:.2f} | "
                 f"{volume['all-to-all'] / 1e6:.2f} | {volume['reduce-scatter'] / 1e6:.2f} |"
             )
+    print(f"\n{where()}")
 
 
 if __name__ == "__main__":

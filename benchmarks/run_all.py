@@ -1,8 +1,13 @@
-"""Runs the benchmarks and writes docs/performance.md.
+"""Runs the benchmarks: writes docs/performance.md, or prints the tables of another page of the documentation.
 
-python benchmarks/run_all.py                                       # all: about an hour on two idle cores
+python benchmarks/run_all.py                                       # performance.md: under an hour on two idle cores
 python benchmarks/run_all.py --quick                               # few rounds, small sizes: a quarter of an hour
 python benchmarks/run_all.py alignment_ratio.py loss_ratio.py      # these; the page names what was left out
+python benchmarks/run_all.py --page scaling                        # prints what the tables of docs/scaling.md come from
+python benchmarks/run_all.py --list                                # every page with its commands
+
+docs/results.md is written by ``python -m benchmarks.evidence.tables``, and not from here. What the scripts of
+docs/reliability.md have recorded, and with it the page, the full run writes anew.
 """
 
 from __future__ import annotations
@@ -11,25 +16,65 @@ import argparse
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 HERE = Path(__file__).parent
 PAGE = HERE.parent / "docs" / "performance.md"
-# script: its options in the full run, and with --quick
-SCRIPTS: dict[str, tuple[str, str]] = {
-    "alignment_ratio.py": ("", "--repeats 5"),
-    "alignment_grid.py": ("", "--sizes 64 128 256 --repeats 3"),
-    "loss_ratio.py": ("", "--repeats 5"),
-    "warmup_and_captions.py": ("", "--repeats 3"),
-    "peers.py": ("", "--quick"),
-    "retrieval_speed.py": ("--large", "--images 200 --repeats 3"),
-    "memory.py": ("", ""),
-    "cost_curves.py": ("", ""),
-    "autocast.py": ("", "--repeats 3"),
-    "dtype_error.py": ("", "--seeds 1"),
-    "compile.py": ("", ""),
-    "alignment_gpu.py": ("", ""),
-    "kernel_figures.py": ("", ""),
+OLD = "7ea6736"  # the revision of version 0.1 that this one is compared with
+
+
+class Run(NamedTuple):
+    """A script in this folder, its options in the full run and with --quick (None: not then)."""
+
+    script: str
+    full: str = ""
+    quick: str | None = ""
+
+
+# page of docs: what its measured figures come from
+PAGES: dict[str, list[Run]] = {
+    "performance": [
+        Run("revisions.py", OLD, f"{OLD} --repeats 2 --n 32"),
+        Run("revisions.py", f"{OLD} --dim 256", f"{OLD} --dim 256 --repeats 2 --n 32"),
+        Run("warmup_and_captions.py", "--repeats 7", "--repeats 3"),
+        Run("alignment_ratio.py", "", "--repeats 5"),
+        Run("alignment_grid.py", "", "--sizes 64 128 --repeats 3"),
+        Run("loss_ratio.py", "", "--repeats 5"),
+        Run("peers.py", "", "--quick"),
+        Run("retrieval_speed.py", "--large", "--images 200 --repeats 3"),
+        Run("memory.py", "", "--quick"),
+        Run("cost_curves.py", "", "--largest 128"),
+        Run("autocast.py", "", "--repeats 3"),
+        Run("dtype_error.py", "", "--seeds 1"),
+        Run("compile.py"),
+        Run("alignment_gpu.py"),
+        Run("kernel_figures.py"),
+    ],
+    "distributed": [
+        Run("distributed_counts.py", "", "--items 64 --candidates 8 --processes 1 2"),
+        Run("distributed_counts.py", "--memory --items 2048 --dim 256", "--memory --items 128 --candidates 8"),
+    ],
+    "scaling": [
+        Run("scaling_counts.py", "", "--sizes 64 --loss-sizes 64"),
+        Run("sparse_scaling.py", "", "--sizes 256 512"),
+        Run("candidates_effect.py", "", None),  # half an hour of trainings
+    ],
+    "large_batches": [Run("large_batches.py", "", "--largest 2048"), Run("pair_losses.py", "", "--repeats 3")],
+    "sampler": [
+        Run("sampler_scale.py", "clusters", "clusters --scale 0.1"),
+        Run("clustering.py", "--repeats 2", None),
+        Run("sampler_scale.py", "order", "order --scale 0.1"),
+    ],
+    "reliability": [  # these record what they find, and the last writes the page
+        Run("reliability/bad_input.py", "", None),
+        Run("reliability/drift.py", "--steps 10000 --seed 0", None),
+        Run("reliability/loss_dtypes.py", "--seeds 5", None),
+        Run("reliability/kills.py", "--kills 32", None),
+        Run("reliability/mutants.py", "", None),
+        Run("reliability/report.py", "", "--check"),
+    ],
 }
 HEAD = """# Performance
 
@@ -42,8 +87,10 @@ at every pair of fragments can beat.
 
 - **CPU.** Padding is left out before the product: texts are sorted by length, and texts of one length form a block.
   The product is made in tiles of 8 MB whose rows begin at a cache line (where they do not, the product itself loses up
-  to 40% of its speed), and what follows it runs on blocks that stay in a core's cache. The largest values come from
-  NumPy's vectorised sort up to four threads, from `torch.topk` with more.
+  to 40% of its speed). In a tile stand 32 images or a multiple of it, region by region, so that the maxima over regions
+  and those over words both run along the memory (images with a mask: image by image). What follows the product runs on
+  blocks that stay in a core's cache. The largest values come from NumPy's vectorised sort up to four threads, from
+  `torch.topk` with more.
 - **Backward** on a CPU keeps up to 16.8 million similarities (64 MB in float32) and multiplies the others again. Their
   derivative is written tile by tile and turned into gradients by two products; memory does not grow with R·W.
 - **CUDA.** cuBLAS multiplies the words of some texts by the regions of some images, in chunks of 8.4 million
@@ -64,35 +111,67 @@ at every pair of fragments can beat.
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("scripts", nargs="*", metavar="SCRIPT", help=f"some of {', '.join(SCRIPTS)}; none = all")
+    parser.add_argument("scripts", nargs="*", metavar="SCRIPT", help="some of the page's scripts; none = all")
+    parser.add_argument("--page", choices=PAGES, default="performance", help="the page whose figures are measured")
     parser.add_argument("--quick", action="store_true", help="few rounds, small sizes")
+    parser.add_argument("--list", action="store_true", help="print every page with its commands, and run nothing")
     arguments = parser.parse_args()
-    chosen = arguments.scripts or list(SCRIPTS)
-    unknown = set(chosen) - set(SCRIPTS)
+    if arguments.list:
+        for page, runs in PAGES.items():
+            commands = (f"    python benchmarks/{run.script} {run.full}".rstrip() for run in runs)
+            print(f"docs/{page}.md", *commands, sep="\n")
+        return
+    runs = PAGES[arguments.page]
+    known = dict.fromkeys(run.script for run in runs)
+    unknown = set(arguments.scripts) - set(known)
     if unknown:
-        parser.error(f"expected names among {', '.join(SCRIPTS)}, got {', '.join(sorted(unknown))}")
-    parts, failed = [HEAD], []
-    missing = [script for script in SCRIPTS if script not in chosen]
+        parser.error(f"expected names among {', '.join(known)}, got {', '.join(sorted(unknown))}")
+    chosen = [run for run in runs if run.script in (arguments.scripts or known)]
+    if not revision_is_here(OLD):  # no git, or a copy without its history
+        chosen = [run for run in chosen if run.script != "revisions.py"]
+    if arguments.page != "performance":  # prose with tables in it, which a run cannot write
+        sys.exit(1 if run_each(chosen, arguments.quick, lambda text: print(text, flush=True)) else 0)
+    parts = [HEAD]
+    missing = [script for script in known if script not in {run.script for run in chosen}]
     if missing:
         parts.append(f"Not run for this page, so not measured: {', '.join(f'`{script}`' for script in missing)}.\n")
-    for script in chosen:
-        start = time.perf_counter()
-        path = HERE / script
-        path = path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
-        command = [sys.executable, str(path), *SCRIPTS[script][arguments.quick].split()]
-        done = subprocess.run(command, capture_output=True, text=True)
-        print(f"{script}: {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
-        if done.returncode:
-            failed.append(script)
-            print(done.stderr[-2000:], file=sys.stderr, flush=True)
-            continue
-        parts.append(done.stdout.strip() + "\n")
+    failed = run_each(chosen, arguments.quick, parts.append)
     if failed:
         parts.append(f"Failed, so not measured: {', '.join(f'`{script}`' for script in failed)}.\n")
     PAGE.parent.mkdir(exist_ok=True)
     PAGE.write_text("\n".join(parts), encoding="utf-8")
     print(f"wrote {PAGE}", file=sys.stderr)
     sys.exit(1 if failed else 0)
+
+
+def run_each(runs: list[Run], quick: bool, take: Callable[[str], object]) -> list[str]:
+    """Hands to ``take`` what each prints; returns the scripts that failed."""
+    failed = []
+    for run in runs:
+        options = run.quick if quick else run.full
+        if options is None:
+            print(f"{run.script}: not with --quick", file=sys.stderr)
+            continue
+        start = time.perf_counter()
+        path = HERE / run.script
+        path = path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+        done = subprocess.run([sys.executable, str(path), *options.split()], capture_output=True, text=True)
+        seconds = time.perf_counter() - start
+        print(f"{f'{run.script} {options}'.rstrip()}: {seconds:.0f} s", file=sys.stderr, flush=True)
+        if done.returncode:
+            failed.append(run.script)
+            print(done.stderr[-2000:], file=sys.stderr, flush=True)
+            continue
+        take(done.stdout.strip() + "\n")
+    return failed
+
+
+def revision_is_here(revision: str) -> bool:
+    command = ["git", "-C", str(HERE), "cat-file", "-e", f"{revision}^{{commit}}"]
+    try:
+        return subprocess.run(command, capture_output=True).returncode == 0
+    except FileNotFoundError:
+        return False
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ import time
 from pathlib import Path
 
 import torch
+from _common import where
 from distributed_counts import counted
 
 from hrem_layers import AssociationGraph, HREMLoss, RelationInteraction, TripletLoss
@@ -242,6 +243,8 @@ def main() -> None:
         graph_table(options)
     per_square = loss_table(options) if options.loss_sizes else 0
     arithmetic_table(per_square)
+    torch.set_num_threads(1)  # as every process here had
+    print(f"\n{where()}")
 
 
 if __name__ == "__main__":

@@ -49,8 +49,10 @@ class Maxima(NamedTuple):
     per_region: Tensor  # [t, i, r], g
 
     @classmethod
-    def empty(cls, like: Tensor, t: int, w: int, i: int, r: int) -> Maxima:
-        return cls(like.new_empty(t, w, i), like.new_empty(t, i, r))
+    def empty(cls, like: Tensor, t: int, w: int, i: int, r: int, *, by_place: bool) -> Maxima:
+        """Room for them, laid out as a block with regions outside of images (``by_place``) or inside."""
+        per_region = like.new_empty(t, r, i).transpose(1, 2) if by_place else like.new_empty(t, i, r)
+        return cls(like.new_empty(t, w, i), per_region)
 
     def window(self, texts: slice, words: int, images: slice, regions: int) -> Maxima:
         return Maxima(self.per_word[texts, :words, images], self.per_region[texts, images, :regions])
@@ -105,7 +107,8 @@ def maxima_and_winners(
 
 def share_(winners: Tensor, grad: Tensor, direction: Direction) -> Tensor:
     """The gradient of the maxima, shared evenly among the winners, which are overwritten."""
-    return winners.mul_((grad / winners.sum(dim=direction.give)).unsqueeze(direction.give))
+    share = torch.sum(winners, direction.give, out=_without(winners, direction.give))
+    return winners.mul_(torch.div(grad, share, out=share).unsqueeze(direction.give))
 
 
 def similarity_grad(s: Tensor, parts: list[Part], mode: str, out: Tensor) -> Tensor:
@@ -137,20 +140,27 @@ def block_maxima(s: Tensor, text_mask: Tensor | None, image_mask: Tensor | None,
 
     What ``out`` gets at padded words and regions is undefined.
     """
+    if mode != "scan" and text_mask is None and image_mask is None:  # of small blocks the steps below cost a third
+        _largest(s, T2I.give, out.per_word)
+        _largest(s, I2T.give, out.per_region)
+        return
     inverse_words, inverse_regions = inverse_norms(s, mode, T2I, I2T)
     words, regions = _of_words(text_mask), _of_regions(image_mask)
     maxima(s, inverse_words, regions, T2I, out.per_word)
     maxima(s, inverse_regions, words, I2T, out.per_region)
 
 
-def block_pool(best: Maxima, real_words: Tensor | None, real_regions: Tensor | None, out: PairScores) -> None:
+def block_pool(
+    best: Maxima, real_words: Tensor | None, real_regions: Tensor | None, out: PairScores, *, clean: bool
+) -> None:
     """Means and largest values over the real words (t, w) and regions (i, r), None = all; writes ``out``.
 
-    ``out`` must hold zeros; places of q for which there is no value are left alone.
+    ``out`` must hold zeros; places of q for which there is no value are left alone. ``clean``: ``best`` is 0 where
+    nothing is real.
     """
     real_words = None if real_words is None else real_words.unsqueeze(1)  # [t, 1, w]
-    pool(best.per_word.transpose(1, 2), real_words, out.mean_t2i, out.top_t2i)
-    pool(best.per_region, real_regions, out.mean_i2t, out.top_i2t)
+    pool(best.per_word.transpose(1, 2), real_words, out.mean_t2i, out.top_t2i, clean=clean)
+    pool(best.per_region, real_regions, out.mean_i2t, out.top_i2t, clean=clean)
 
 
 def block_backward(
@@ -189,10 +199,17 @@ def _largest(x: Tensor, dim: int, out: Tensor | None = None) -> Tensor:
     n = x.shape[dim]
     left = n % _AT_ONE_TIME
     plain = x.device.type != "cpu" or torch.compiler.is_compiling() or (x.requires_grad and torch.is_grad_enabled())
-    if plain or x.stride(dim) != 1 or n < _AT_ONE_TIME or left <= _AT_ONE_TIME // 4:
+    if plain:
         return x.amax(dim) if out is None else torch.amax(x, dim, out=out)
+    if x.stride(dim) != 1 or n < _AT_ONE_TIME or left <= _AT_ONE_TIME // 4:
+        return torch.amax(x, dim, out=_without(x, dim) if out is None else out)
     first, last = x.narrow(dim, 0, n - left).amax(dim), x.narrow(dim, n - _AT_ONE_TIME, _AT_ONE_TIME).amax(dim)
     return torch.maximum(first, last, out=first if out is None else out)
+
+
+def _without(x: Tensor, dim: int) -> Tensor:
+    """Room for x without ``dim``, laid out as x is: operations on both then run along the memory of both."""
+    return torch.empty_like(x.select(dim, 0))
 
 
 def _scaled(s: Tensor, inverse: Tensor | None, real: Tensor | None) -> Tensor:

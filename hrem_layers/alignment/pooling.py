@@ -31,28 +31,42 @@ def tie_margin(dtype: torch.dtype, lengths: tuple[Tensor, Tensor] | None) -> flo
     return tolerance if lengths is None else lengths[0] * tolerance * lengths[1]
 
 
-def pool(values: Tensor, real: Tensor | None, out_mean: Tensor, out_top: Tensor) -> None:
+def pool(values: Tensor, real: Tensor | None, out_mean: Tensor, out_top: Tensor, *, clean: bool = False) -> None:
     """Writes the mean (a, b) and the largest values (a, b, k), in descending order, of the real ``values``.
 
-    ``out_top`` must hold zeros; places for which there is no value are left alone.
+    ``out_top`` must hold zeros; places for which there is no value are left alone. ``clean``: values that are not real
+    are 0.
     """
     k = min(out_top.shape[-1], values.shape[-1])
     if real is None:
-        mean, top = values.mean(dim=-1), largest(values, k)
+        out_mean.copy_(values.mean(dim=-1))
+        _write_largest(values, k, out_top)
+        return
+    count = real.sum(dim=-1)
+    filled = values if clean else values.contiguous().masked_fill(~real, 0)  # words come transposed
+    out_mean.copy_(filled.sum(dim=-1) / count.clamp(min=1))
+    if clean:  # adding is faster than filling
+        least = torch.zeros_like(real, dtype=values.dtype).masked_fill_(~real, -torch.inf)
+        filled = torch.add(values, least, out=values.new_empty(values.shape))
     else:
-        count, padding = real.sum(dim=-1), ~real
-        filled = values.contiguous().masked_fill(padding, 0)  # words come transposed
-        mean = filled.sum(dim=-1) / count.clamp(min=1)
-        top = largest(filled.masked_fill_(padding, -torch.inf), k).masked_fill(~_taken(count, k), 0)
-    out_mean.copy_(mean)
-    out_top[..., :k].copy_(top)
+        filled.masked_fill_(~real, -torch.inf)
+    _write_largest(filled, k, out_top, owned=True).masked_fill_(~_taken(count, k), 0)
 
 
-def largest(values: Tensor, k: int) -> Tensor:
-    """The k largest (..., k) of values (..., m), in descending order; NaN is larger than all."""
+def _write_largest(values: Tensor, k: int, out: Tensor, *, owned: bool = False) -> Tensor:
+    """The k largest of values (..., m), in descending order, NaN larger than all, to out (..., :k), which is returned.
+
+    ``owned``: ``values`` may be overwritten.
+    """
+    out = out[..., :k]
     if not _sorts_well(values):
-        return values.topk(k, dim=-1).values
-    return torch.from_numpy(np.sort(values.contiguous().numpy(), axis=-1))[..., -k:].flip(-1)
+        return out.copy_(values.topk(k, dim=-1).values)
+    if not (owned and values.is_contiguous()):
+        values = values.clone(memory_format=torch.contiguous_format)
+    rows = values.numpy()
+    rows.sort(axis=-1)
+    np.copyto(out.numpy(), rows[..., : -k - 1 : -1])
+    return out
 
 
 def largest_and_places(values: Tensor, k: int) -> tuple[Tensor, Tensor]:

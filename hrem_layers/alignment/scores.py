@@ -46,5 +46,14 @@ class PairScores(NamedTuple):
             self.top_t2i.contiguous(),
         )
 
+    def scores_in(self, order: Tensor) -> Scores:
+        """The scores with texts in another order."""
+        return Scores(
+            self.mean_i2t.t().index_select(1, order),
+            self.mean_t2i.index_select(0, order),
+            self.top_i2t.transpose(0, 1).index_select(1, order),
+            self.top_t2i.index_select(0, order),
+        )
+
     def window(self, texts: slice, images: slice) -> PairScores:
         return PairScores(*(x[texts, images] for x in self))

@@ -4,12 +4,16 @@ Two layouts. *Packed* (CPU): only the real fragments are rows; items are sorted 
 so that each run of equal numbers is a block without padding. Finding the runs reads the mask, which on a
 GPU would make the host wait; there, and wherever the host cannot look, the *padded* layout treats all items
 as one run, with zeros in the padded rows, and masks.
+
+Rows of a side without a mask may stand *place by place*, the first fragment of every item, then the second: a CPU
+takes the maximum over an item's fragments in long vectorised rows then, three times as fast.
 """
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -46,16 +50,29 @@ class Side(NamedTuple):
     real: Tensor | None  # [n, width]: where the items, in this order, have a fragment; None = everywhere
     order: Tensor | None  # [n]: which item stands at each place; None = as they came
     source: Tensor | None  # [total rows]: where each row came from in (n * width); None = as they came
+    by_place: bool  # row = place * n + item; then there is one run
 
 
-def make_side(fragments: Tensor, mask: Tensor | None, *, packed: bool, normalize: bool, dtype: torch.dtype) -> Side:
-    """fragments (n, width, d) and their mask (n, width) -> Side with rows in ``dtype``."""
+def make_side(
+    fragments: Tensor,
+    mask: Tensor | None,
+    *,
+    packed: bool,
+    normalize: bool,
+    dtype: torch.dtype,
+    by_place: bool = False,
+) -> Side:
+    """fragments (n, width, d) and their mask (n, width) -> Side with rows in ``dtype``.
+
+    ``by_place``: rows place by place; only without a mask.
+    """
+    assert not (by_place and mask is not None)
     n, width, d = fragments.shape
     order = source = None
     real = mask
     runs = [Run(0, n, 0, width)] if n else []
     if mask is None:
-        rows = fragments.reshape(n * width, d)
+        rows = fragments.transpose(0, 1) if by_place else fragments.reshape(n * width, d)
     elif packed:
         runs, order, source, real = _find_runs(mask)
         rows = fragments.reshape(n * width, d).index_select(0, source)
@@ -70,22 +87,25 @@ def make_side(fragments: Tensor, mask: Tensor | None, *, packed: bool, normalize
     else:
         lengths = row_lengths(rows)
         # a product of −inf would hide behind the other maxima
-        rows, lengths = rows.masked_fill(lengths.isnan(), torch.nan), lengths.squeeze(1)
+        rows, lengths = rows.masked_fill(lengths.isnan(), torch.nan), lengths.flatten()
         if source is not None and real is not None:
             lengths = lengths.new_zeros(n * width).masked_scatter_(real.flatten(), lengths)
-        longest = lengths.view(n, width).amax(dim=1)
-    return Side(rows.to(dtype), inverse, longest, runs, mask, real, order, source)
+        longest = lengths.view(width, n).amax(dim=0) if by_place else lengths.view(n, width).amax(dim=1)
+    if by_place:
+        rows, inverse = rows.reshape(n * width, d), None if inverse is None else inverse.reshape(n * width, 1)
+    return Side(rows.to(dtype), inverse, longest, runs, mask, real, order, source, by_place)
 
 
 def _unit_rows(rows: Tensor, *, owned: bool) -> tuple[Tensor, Tensor]:
-    """:func:`unit_rows`, with fewer passes over rows of usual lengths on a CPU. ``owned``: may be overwritten."""
+    """:func:`unit_rows` of rows (..., d), with fewer passes over rows of usual lengths on a CPU. ``owned``: may be
+    overwritten."""
     if rows.device.type == "cpu" and rows.numel():
-        norm = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
+        norm = torch.linalg.vector_norm(rows, dim=-1, keepdim=True)
         shortest, longest = norm.aminmax()
         limits = torch.finfo(rows.dtype)
         if shortest > (limits.tiny / limits.eps) ** 0.5 and longest < limits.max**0.5:  # no square was lost; not NaN
-            inverse = norm.reciprocal_()
-            return rows.mul_(inverse) if owned else rows * inverse, inverse
+            out = rows if owned else rows.new_empty(rows.shape)  # contiguous, whatever the rows are
+            return torch.mul(rows, norm.reciprocal_(), out=out), norm
     return unit_rows(rows)
 
 
@@ -104,21 +124,23 @@ def fragments_grad(grad_rows: Tensor, side: Side, fragments: Tensor) -> Tensor:
     grad_rows = grad_rows.to(fragments.dtype)
     if side.source is not None:
         grad_rows = grad_rows.new_zeros(n * width, d).index_copy_(0, side.source, grad_rows)
-    grad = grad_rows.view(n, width, d)
+    grad = grad_rows.view(width, n, d).transpose(0, 1) if side.by_place else grad_rows.view(n, width, d)
     return grad if side.mask is None else grad.masked_fill_(~side.mask.unsqueeze(-1), 0)
 
 
 def _find_runs(mask: Tensor) -> tuple[list[Run], Tensor, Tensor, Tensor]:
-    """The runs, and the side's order, source and real places."""
-    n, width = mask.shape
-    lengths, order = mask.sum(dim=1).sort(stable=True)
-    positions = torch.arange(n * width, device=mask.device).view(n, width)[order]
-    source = positions[mask[order]]  # [total real rows], item by item
+    """The runs, and the side's order, source and real places, of a mask on a CPU. In NumPy, whose small steps cost
+    less."""
+    (n, width), places = mask.shape, mask.numpy()
+    lengths = places.sum(axis=1)
+    order = lengths.argsort(kind="stable")
+    lengths = lengths[order]
+    source = (order[:, None] * width + np.arange(width))[places[order]]  # [total real rows], item by item
+    counts = np.bincount(lengths, minlength=1).tolist()
     runs, item, row = [], 0, 0
-    found = torch.unique_consecutive(lengths, return_counts=True)
-    for length, count in zip(*(x.tolist() for x in found), strict=True):
-        if length:
+    for length, count in enumerate(counts):
+        if length and count:
             runs.append(Run(item, item + count, row, length))
         item, row = item + count, row + count * length
-    real = torch.arange(width, device=mask.device) < lengths.unsqueeze(1)
-    return runs, order, source, real
+    real = np.arange(width) < lengths[:, None]
+    return runs, torch.from_numpy(order), torch.from_numpy(source), torch.from_numpy(real)

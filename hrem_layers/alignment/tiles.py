@@ -26,6 +26,9 @@ _CPU_TILE_ROWS = 2304
 # A row of a tile begins at a multiple of this many similarities: where rows begin within a cache line, a product on a
 # CPU loses up to 40% of its speed.
 ROW_MULTIPLE = 16
+# A CPU takes so many columns at one time when it reduces over rows; a number of images that is a multiple of it stands
+# place by place.
+_COLUMNS = 32
 # Similarities of a block on a CPU (1 MB): about a core's second-level cache.
 _CPU_BLOCK = 2**18
 
@@ -43,6 +46,7 @@ class Setting(NamedTuple):
 class Tile(NamedTuple):
     image_runs: list[Run]
     text_runs: list[Run]
+    by_place: bool  # as the images' side; then there is one run of them, and the tile has all of it
 
     def images(self) -> slice:
         return slice(self.image_runs[0].start, self.image_runs[-1].stop)
@@ -57,23 +61,34 @@ class Tile(NamedTuple):
         return slice(self.text_runs[0].row, self.text_runs[-1].rows().stop)
 
     def maxima(self, like: Tensor) -> Maxima:
-        """Room for the tile's maxima; what no block writes to is undefined."""
+        """Room for the tile's maxima; what no block writes to is 0."""
         images, texts = self.images(), self.texts()
-        w, r = (max(run.width for run in runs) for runs in (self.text_runs, self.image_runs))
-        return Maxima.empty(like, texts.stop - texts.start, w, images.stop - images.start, r)
+        words, regions = ([run.width for run in runs] for runs in (self.text_runs, self.image_runs))
+        n = texts.stop - texts.start, images.stop - images.start
+        best = Maxima.empty(like, n[0], max(words), n[1], max(regions), by_place=self.by_place)
+        for part, widths in ((best.per_word, words), (best.per_region, regions)):
+            if min(widths) < max(widths):
+                part.zero_()
+        return best
 
     def window(self, best: Maxima, text_run: Run, image_run: Run) -> Maxima:
-        texts, images = _shifted(text_run.items(), self.texts().start), _shifted(image_run.items(), self.images().start)
+        texts = _shifted(text_run.items(), self.text_runs[0].start)
+        images = _shifted(image_run.items(), self.image_runs[0].start)
         return best.window(texts, text_run.width, images, image_run.width)
 
     def blocks(self, x: Tensor) -> Iterator[tuple[Run, Run, Tensor]]:
         """Text run, image run and their part of ``x`` (words, regions), viewed as (t, w, i, r)."""
+        first_word, first_region = self.text_runs[0].row, self.image_runs[0].row
         for text_run in self.text_runs:
-            words = _shifted(text_run.rows(), self.words().start)
+            words = x[_shifted(text_run.rows(), first_word)]
             for image_run in self.image_runs:
-                regions = _shifted(image_run.rows(), self.regions().start)
-                shape = (-1, text_run.width, image_run.stop - image_run.start, image_run.width)
-                yield text_run, image_run, x[words, regions].view(shape)
+                i, r = image_run.stop - image_run.start, image_run.width
+                if self.by_place:
+                    block = words.view(-1, text_run.width, r, i).transpose(2, 3)
+                else:
+                    regions = _shifted(image_run.rows(), first_region)
+                    block = words[:, regions].view(-1, text_run.width, i, r)
+                yield text_run, image_run, block
 
 
 def score_all(
@@ -105,13 +120,12 @@ def score_all(
                 masks = _mask_of(texts, text_run), _mask_of(images, image_run)
                 block_maxima(block, *masks, tile.window(best, text_run, image_run), mode=setting.mode)
             real = _real_of(texts, tile.text_runs), _real_of(images, tile.image_runs)
-            block_pool(best, *real, part.window(tile.texts(), tile.images()))
+            clean = texts.mask is None and images.mask is None
+            block_pool(best, *real, part.window(tile.texts(), tile.images()), clean=clean)
         if images.order is not None:  # then these are all images
             out = _reordered(out, 1, images.order.argsort())
-    if texts.order is not None:
-        out = _reordered(out, 0, texts.order.argsort())
     kept[store.used :].zero_()
-    return out.scores()
+    return out.scores() if texts.order is None else out.scores_in(texts.order.argsort())
 
 
 def score_all_backward(
@@ -173,8 +187,10 @@ class _Store:
         return self.scratch[:size].view(words, stride)[:, :regions], False
 
 
-def _side(fragments: Tensor, mask: Tensor | None, setting: Setting) -> Side:
-    return make_side(fragments, mask, packed=setting.packed, normalize=setting.mode != "dot", dtype=setting.dtype)
+def _side(fragments: Tensor, mask: Tensor | None, setting: Setting, *, by_place: bool = False) -> Side:
+    return make_side(
+        fragments, mask, packed=setting.packed, normalize=setting.mode != "dot", dtype=setting.dtype, by_place=by_place
+    )
 
 
 def _image_sides(
@@ -183,10 +199,18 @@ def _image_sides(
     """The images that stand in one tile after another, ready to be multiplied. With a mask all at once: of more images
     more have equal numbers of regions."""
     i, r, _ = fragments.shape
-    size = i if mask is not None else _sizes(r, texts.rows, i, t, setting)[0]
-    for start in range(0, i, max(1, size)):
-        items = slice(start, min(i, start + size))
-        yield items, _side(fragments[items], None if mask is None else mask[items], setting)
+    if mask is not None:
+        yield slice(0, i), _side(fragments, mask, setting)
+        return
+    size = max(1, _sizes(r, texts.rows, i, t, setting)[0])
+    start = 0
+    while start < i:
+        stop = min(i, start + size)
+        if setting.chunk_size is None and i - stop < size // 2:  # what is left over is no tile of its own
+            stop = i
+        by_place = fragments.device.type == "cpu" and (stop - start) % _COLUMNS == 0
+        yield slice(start, stop), _side(fragments[start:stop], None, setting, by_place=by_place)
+        start = stop
 
 
 def _sizes(r: int, word_rows: Tensor, i: int, t: int, setting: Setting) -> tuple[int, int, int | None]:
@@ -198,6 +222,8 @@ def _sizes(r: int, word_rows: Tensor, i: int, t: int, setting: Setting) -> tuple
     pairs = setting.chunk_size or max(1, (_CPU_TILE if on_cpu else _OTHER_TILE) // (r * w))
     texts = max(1, even(t, min(pairs, max(1, _CPU_TILE_ROWS // w)) if on_cpu else pairs))
     images = max(1, even(i, max(1, pairs // texts)))
+    if on_cpu and setting.chunk_size is None and i >= _COLUMNS:
+        images = max(1, round(images / _COLUMNS)) * _COLUMNS
     texts = max(1, even(t, max(texts, pairs // images)))
     return images, texts, max(1, _CPU_BLOCK // (images * r)) if on_cpu else None
 
@@ -211,10 +237,12 @@ def _even(n: int, size: int) -> int:
 def _tiles(images: Side, texts: Side, i: int, t: int, setting: Setting) -> Iterator[Tile]:
     r = max(1, -(-images.rows.shape[0] // max(1, i)))  # rows per image
     per_image, per_text, block_rows = _sizes(r, texts.rows, i, t, setting)
+    if images.by_place:
+        per_image = i
     text_tiles = list(_gather(texts.runs, per_text, block_rows))
     for image_runs in _gather(images.runs, per_image, None):
         for text_runs in text_tiles:
-            yield Tile(image_runs, text_runs)
+            yield Tile(image_runs, text_runs, images.by_place)
 
 
 def _gather(runs: list[Run], size: int, most_rows: int | None) -> Iterator[list[Run]]:
