@@ -96,7 +96,8 @@ class _UnitRows(torch.autograd.Function):
         """dx̂ = (dx − x̂ <x̂, dx>) / ‖x‖ and d(1 / ‖x‖) = −<x̂, dx> / ‖x‖², which the second derivative asks for."""
         unit, inverse = ctx.saved_tensors
         along = (grad * unit).sum(dim=-1, keepdim=True) + grad_inverse * inverse
-        return torch.addcmul(grad, unit, along, value=-1) * inverse
+        found: Tensor = torch.addcmul(grad, unit, along, value=-1) * inverse
+        return found
 
 
 def safe_reciprocal(x: Tensor, smallest: float) -> Tensor:

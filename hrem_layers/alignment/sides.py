@@ -131,7 +131,7 @@ def fragments_grad(grad_rows: Tensor, side: Side, fragments: Tensor) -> Tensor:
 def _find_runs(mask: Tensor) -> tuple[list[Run], Tensor, Tensor, Tensor]:
     """The runs, and the side's order, source and real places, of a mask on a CPU. In NumPy, whose small steps cost
     less."""
-    (n, width), places = mask.shape, mask.numpy()
+    width, places = mask.shape[1], mask.numpy()
     lengths = places.sum(axis=1)
     order = lengths.argsort(kind="stable")
     lengths = lengths[order]
