@@ -140,7 +140,8 @@ def _draw_kept_(out: Tensor, dropout: float) -> Tensor:
     draws = words.view(torch.int16)[: out.numel()].view(out.shape)  # uniform in [-2^15, 2^15)
     if kept == 2**16:
         return out.fill_(1)
-    return torch.lt(draws, kept - 2**15, out=out).mul_(2**16 / kept)
+    # in the place that is there already: comparing the integers would take another of the same size
+    return out.copy_(draws).lt_(kept - 2**15).mul_(2**16 / kept)
 
 
 def _room(q: Tensor, k: Tensor, cut: _Cut) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -51,7 +52,11 @@ def l2_normalize(x: Tensor) -> Tensor:
     A zero row (all magnitudes up to ``finfo.tiny``) gives zeros and a zero gradient. (A norm clamped to a small
     epsilon instead would hand such a row the gradient divided by that epsilon.) A row that is not finite gives NaN.
     """
-    return unit_rows(x.to(compute_dtype(x.dtype)))[0].to(x.dtype)
+    wide = x.to(compute_dtype(x.dtype))
+    if wide.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        unit: Tensor = _UnitRows.apply(wide)[0]  # type: ignore[no-untyped-call]
+        return unit.to(x.dtype)
+    return unit_rows(wide)[0].to(x.dtype)
 
 
 def unit_rows(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -64,6 +69,35 @@ def unit_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     inverse = (1 / torch.linalg.vector_norm(scaled, dim=-1, keepdim=True).masked_fill(zero, 1)).masked_fill(zero, 0)
     unit = scaled * inverse if scaled.requires_grad else scaled.mul_(inverse)
     return unit, inverse / peak
+
+
+class _UnitRows(torch.autograd.Function):
+    """:func:`unit_rows`. Autograd alone would keep a copy of x beside x̂, which is kept anyway by what comes next."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor) -> tuple[Tensor, Tensor]:
+        return unit_rows(x)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: tuple[Tensor, Tensor]) -> None:
+        ctx.save_for_backward(*output)
+        ctx.save_for_forward(*output)
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor) -> tuple[Tensor, Tensor]:
+        unit, inverse = ctx.saved_tensors
+        along = (tangent * unit).sum(dim=-1, keepdim=True)
+        return (tangent - unit * along) * inverse, -along * inverse * inverse
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, grad_inverse: Tensor) -> Tensor:
+        """dx̂ = (dx − x̂ <x̂, dx>) / ‖x‖ and d(1 / ‖x‖) = −<x̂, dx> / ‖x‖², which the second derivative asks for."""
+        unit, inverse = ctx.saved_tensors
+        along = (grad * unit).sum(dim=-1, keepdim=True) + grad_inverse * inverse
+        found: Tensor = torch.addcmul(grad, unit, along, value=-1) * inverse
+        return found
 
 
 def safe_reciprocal(x: Tensor, smallest: float) -> Tensor:

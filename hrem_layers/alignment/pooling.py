@@ -43,11 +43,12 @@ def pool(values: Tensor, real: Tensor | None, out_mean: Tensor, out_top: Tensor,
         _write_largest(values, k, out_top)
         return
     count = real.sum(dim=-1)
-    filled = values if clean else values.contiguous().masked_fill(~real, 0)  # words come transposed
+    values = values.contiguous()  # words come transposed; and the sum along memory is rounded less
+    filled = values if clean else values.masked_fill(~real, 0)
     out_mean.copy_(filled.sum(dim=-1) / count.clamp(min=1))
     if clean:  # adding is faster than filling
         least = torch.zeros_like(real, dtype=values.dtype).masked_fill_(~real, -torch.inf)
-        filled = torch.add(values, least, out=values.new_empty(values.shape))
+        filled = values + least
     else:
         filled.masked_fill_(~real, -torch.inf)
     _write_largest(filled, k, out_top, owned=True).masked_fill_(~_taken(count, k), 0)
