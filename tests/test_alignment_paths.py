@@ -60,6 +60,30 @@ def by_loop(images, texts, image_mask, text_mask, grad, mode, topk):
     return [*(x.detach() for x in scores), *torch.autograd.grad(total, (images, texts))]
 
 
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(("n", "r"), [(64, 1), (33, 3), (70, 4), (32, 36)])
+@pytest.mark.parametrize("masked", [False, True])
+def test_images_that_stand_region_by_region_give_what_the_loops_give(monkeypatch, mode, n, r, masked):
+    """On a CPU a tile of a multiple of 32 images without a mask has another layout: tiles of 32, and what is left."""
+    monkeypatch.setattr(tiling, "_CPU_TILE", 32 * r * 3 * 4)
+    g = torch.Generator().manual_seed(0)
+    t, w, dim, topk = 3, 4, 6, 3
+    images, texts = (torch.randn(a, b, dim, generator=g, dtype=torch.float64) for a, b in ((n, r), (t, w)))
+    mask = torch.rand(t, w, generator=g) < 0.7 if masked else None
+    shapes = (n, t), (t, n), (n, t, topk), (t, n, topk)
+    grad = Scores(*(torch.randn(shape, generator=g, dtype=torch.float64) for shape in shapes))
+    case = images, texts, None, mask, grad
+    sides = []
+    make_side = tiling.make_side
+    monkeypatch.setattr(tiling, "make_side", lambda *a, **k: sides.append(make_side(*a, **k)) or sides[-1])
+    expected = by_loop(*case, mode, topk)
+    for kept in (0, 2**16):
+        got = tiled(*case, mode=mode, topk=topk, packed=True, chunk_size=None, kept=kept)
+        for x, y in zip(got, expected, strict=True):
+            torch.testing.assert_close(x, y, rtol=1e-9, atol=1e-9)
+    assert any(side.by_place for side in sides) == (n != 33)
+
+
 def check(actual, expected, tolerance):
     """``tolerance`` is relative to the largest number; gradients may be tiny differences of large ones."""
     names = (*Scores._fields, "grad of images", "grad of texts")
