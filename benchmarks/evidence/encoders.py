@@ -43,6 +43,10 @@ class Pair(nn.Module):
         """What :meth:`forward` takes rows of."""
         return split.images
 
+    def real(self, split: Split, images: Tensor) -> Tensor | None:
+        """Which regions of these images (indices) are real."""
+        return split.masked(images)
+
     def encode_images(self, images: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         return self.image(images, mask)
 
@@ -61,7 +65,7 @@ class Pair(nn.Module):
         self.eval()
         pictures = self.pictures(split)
         parts = torch.arange(len(pictures)).split(500)
-        v = torch.cat([self.encode_images(pictures[i], split.masked(i))[0] for i in parts])
+        v = torch.cat([self.encode_images(pictures[i], self.real(split, i))[0] for i in parts])
         u = torch.cat([self.encode_texts(t)[0] for t in split.tokens.split(500)])
         return v, u
 
@@ -87,13 +91,16 @@ class TrainablePair(Pair):
             raise ValueError("split: expected pixels, got none")
         return split.pixels
 
+    def real(self, split: Split, images: Tensor) -> Tensor | None:
+        """All: the CNN's regions are not those of the features."""
+        return None
+
     def encode_images(self, images: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """``mask`` is of the features; the pixels' regions are all real."""
         x = images.float() / 127.5 - 1
         if self.training:
             x = _moved(x)
         regions = self.cnn(x).flatten(2).transpose(1, 2)  # [n, r, 128]
-        return self.image(regions)
+        return self.image(regions, mask)
 
     def encode_texts(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         lengths = (tokens > 0).sum(dim=1)

@@ -40,7 +40,7 @@ def train(
         owner = data.train.owner[i]
         tokens = data.train.tokens[i]
         tokens = tokens[:, : int((tokens > 0).sum(dim=1).max())]
-        real = data.train.masked(owner) if encoders == "heads" else None
+        real = model.real(data.train, owner)
         v, u, regions, words = model(pictures[owner], tokens, real)
         if isinstance(loss, SoftTargetLoss):
             total = loss(v, u, regions, words, real, tokens > 0, owner, data.vectors[tokens])

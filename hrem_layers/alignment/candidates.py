@@ -95,13 +95,18 @@ def align_candidates(
             check_bool_tensor(name, mask, tuple(x.shape[:2]), device=receiving.device)
     check_index_tensor("index", index, (n, "k"), device=receiving.device)
 
-    # a product in a half type would be rounded to it, so that autocast must ask for one
-    dtype, rounded = product_dtype(receiving, giving)
-    wide = compute_dtype(torch.promote_types(receiving.dtype, giving.dtype))
-    dtype = dtype if rounded else wide
+    wide, dtype = _dtypes(receiving, giving)
     x, y = _prepare(receiving, receiving_mask, mode, wide, dtype), _prepare(giving, giving_mask, mode, wide, dtype)
     mean, top = _align_op(x, y, receiving_mask, giving_mask, index.long(), mode, topk, chunk_size)
     return mean, top
+
+
+def _dtypes(receiving: Tensor, giving: Tensor) -> tuple[torch.dtype, torch.dtype]:
+    """What is computed in, and what is multiplied: a product in a half type would be rounded to it, so that autocast
+    must ask for one."""
+    dtype, rounded = product_dtype(receiving, giving)
+    wide = compute_dtype(torch.promote_types(receiving.dtype, giving.dtype))
+    return wide, dtype if rounded else wide
 
 
 def _prepare(x: Tensor, mask: Tensor | None, mode: str, wide: torch.dtype, dtype: torch.dtype) -> Tensor:

@@ -12,8 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from hrem_layers._core.numerics import compute_dtype, product_dtype
-from hrem_layers.alignment.candidates import _align_op, _prepare
+from hrem_layers.alignment.candidates import _align_op, _dtypes, _prepare
 
 
 class Part(NamedTuple):
@@ -47,9 +46,7 @@ def align_in_parts(
     n, k = index.shape
     mean: Tensor | None = None
     for part in parts:
-        dtype, rounded = product_dtype(receiving, part.fragments)
-        wide = compute_dtype(torch.promote_types(receiving.dtype, part.fragments.dtype))
-        dtype = dtype if rounded else wide
+        wide, dtype = _dtypes(receiving, part.fragments)
         if mean is None:
             x = _prepare(receiving, receiving_mask, mode, wide, dtype)
             mean, top = x.new_zeros(n * k, dtype=wide), x.new_zeros(n * k, topk, dtype=wide)
@@ -62,9 +59,9 @@ def align_in_parts(
         counts = here.sum(dim=1)
         slots = torch.arange(n * k, device=index.device).view(n, k)
         for count in counts.unique().tolist():
-            rows = (counts == count).nonzero().squeeze(1)
-            if not count or not len(rows):
+            if not count:
                 continue
+            rows = (counts == count).nonzero().squeeze(1)
             mine = here[rows]
             mask = None if receiving_mask is None else receiving_mask[rows]
             found = _align_op(x[rows], y, mask, y_mask, place[rows][mine].view(-1, count), mode, topk, chunk_size)
