@@ -31,6 +31,7 @@ from hrem_layers._core.checks import (
 )
 from hrem_layers._core.exchange import ALONE, Alone, Exchange, check_exchange
 from hrem_layers._core.numerics import autocast_dtype, autocast_off, compute_dtype, module_dtype
+from hrem_layers._core.recompute import recompute
 from hrem_layers.alignment import MODES, Scores, align_fragments
 from hrem_layers.alignment.candidates import align_candidates
 from hrem_layers.alignment.parts import Part, align_in_parts
@@ -279,8 +280,7 @@ class AssociationGraph(nn.Module):
         graph = check_any_graph(graph, n, text_embedding.shape[0], image_embedding.device)
         check_cosines(cosines, n, text_embedding.shape[0], image_embedding.device)
         if isinstance(graph, SparseRelationGraph):
-            x, y = (exact_units(e.detach()) for e in (image_embedding, text_embedding))
-            dtype = compute_dtype(image_embedding.dtype)
+            x, y, dtype = image_embedding.detach(), text_embedding.detach(), compute_dtype(image_embedding.dtype)
             return list_divergence(graph, x, y, self.sigma, squared=self.squared_distance, dtype=dtype)
         if cosines is None:
             cosines = pair_cosines(image_embedding.detach(), text_embedding.detach())
@@ -309,19 +309,28 @@ class AssociationGraph(nn.Module):
         wide, dtype = compute_dtype(v.dtype), _result_dtype(v)
         images, texts = exchange.own("image", n), exchange.own("text", m)  # this process's rows
         with autocast_off(v.device):
-            x, y = exact_units(v), exact_units(u)
             of_fragments = compute_dtype(fragments.images.dtype)
-            i2t = nearest_rows(x[images], y, min(k, m), of_fragments)
-            t2i = nearest_rows(y[texts], x, min(k, n), of_fragments)
 
-            def within(side: str, units: Tensor, rows: slice) -> SparseRelationBlock:
-                count = units.shape[0]
-                index = nearest_rows(units[rows], units, min(k, self._neighbors(count)), wide)
-                units = exchange.share_rows(side, units)
-                relevance = self._within(edge_cosines(units[rows], units, index), wide).to(dtype)
-                return SparseRelationBlock(index, relevance, torch.ones_like(index, dtype=torch.bool), count)
+            def search(embedding: Tensor, rows: slice, other: Tensor, other_rows: slice) -> tuple[Tensor, Tensor]:
+                """The nearest of all rows of ``embedding``, of its own rows and of the other side's. In float64 there
+                are all rows of one side at a time."""
+                units, count = exact_units(embedding.detach()), embedding.shape[0]
+                near = nearest_rows(units[rows], units, min(k, self._neighbors(count)), wide)
+                return near, nearest_rows(exact_units(other.detach()[other_rows]), units, min(k, count), of_fragments)
 
-            i2i, t2t = within("image", x, images), within("text", y, texts)
+            near_images, t2i = search(v, images, u, texts)
+            near_texts, i2t = search(u, texts, v, images)
+
+            def within(side: str, embedding: Tensor, index: Tensor, rows: slice) -> SparseRelationBlock:
+                def weigh(embedding: Tensor) -> Tensor:
+                    units = exchange.share_rows(side, exact_units(embedding))
+                    return self._within(edge_cosines(units[rows], units, index), wide).to(dtype)
+
+                relevance = recompute(weigh, embedding)
+                edges = torch.ones_like(index, dtype=torch.bool)
+                return SparseRelationBlock(index, relevance, edges, embedding.shape[0])
+
+            i2i, t2t = within("image", v, near_images, images), within("text", u, near_texts, texts)
         found = self._candidate_pairs(fragments, i2t, t2i, exchange)
 
         def across(found: _Direction, index: Tensor, count: int, allowed: Tensor | None) -> SparseRelationBlock:

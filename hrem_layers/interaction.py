@@ -145,10 +145,11 @@ class RelationInteraction(nn.Module):
         if isinstance(graph, SparseRelationGraph) and not all(map(_takes_lists, self._all_layers())):
             graph = graph.dense()
         dtype = module_dtype(self)
-        images, texts = (l2_normalize(x) for x in (image_embedding, text_embedding))
+        images, texts = image_embedding, text_embedding
         shared = graph if isinstance(graph, SparseRelationGraph) and graph.exchange is not None else None
         if shared is not None:
             images, texts = shared.rows("i").own(images), shared.rows("t").own(texts)
+        images, texts = l2_normalize(images), l2_normalize(texts)
         related = (self._fusion if self.mechanism == "fusion" else self._standalone)(
             images.to(dtype), texts.to(dtype), graph
         )

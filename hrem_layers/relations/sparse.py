@@ -29,7 +29,7 @@ from hrem_layers.relations.dense import (
     edge_bias,
     row_divergence,
 )
-from hrem_layers.relations.neighbors import edge_cosines
+from hrem_layers.relations.neighbors import edge_cosines, exact_units
 
 
 class SparseRelationBlock(NamedTuple):
@@ -200,13 +200,13 @@ def without_detours(
 def list_divergence(
     graph: SparseRelationGraph, x: Tensor, y: Tensor, sigma: float, *, squared: bool, dtype: torch.dtype
 ) -> Tensor:
-    """L_reg over what each row has in its places across, x (N, D) and y (M, D) of
-    :func:`hrem_layers.relations.neighbors.exact_units`; what :func:`hrem_layers.relations.guide_divergence` is for a
-    matrix."""
+    """L_reg over what each row has in its places across, x (N, D) and y (M, D) of any length and without gradient; what
+    :func:`hrem_layers.relations.guide_divergence` is for a matrix. In float64 there are all rows of one side at a
+    time."""
     total = torch.zeros((), dtype=dtype, device=x.device)
     for name, own, other in (("i2t", x, y), ("t2i", y, x)):
         block, own = graph.block(name), graph.rows(name[0]).own(own)
-        cosines = edge_cosines(own, other, block.index.clamp(min=0))
+        cosines = edge_cosines(exact_units(own), exact_units(other), block.index.clamp(min=0))
         guide = distance_relevance(cosines, sigma, squared=squared, dtype=dtype)
         learned, nobody = block.relevance.to(compute_dtype(dtype)), block.index < 0
         low = torch.finfo(dtype).min / 2  # −inf has no difference

@@ -1,0 +1,26 @@
+"""Work that is done again in the backward pass rather than kept for it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+
+def recompute(work: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """``work(x)``, of which nothing but ``x`` stays for the backward pass. ``work`` draws no random numbers and does
+    not communicate on its way forward: the processes would not come to it in the same order.
+
+    Traced, a compiler decides by itself what to keep; :mod:`torch.func` knows no such thing.
+    """
+    keeps = (
+        torch.compiler.is_compiling()
+        or not (torch.is_grad_enabled() and x.requires_grad)
+        or torch._C._autograd._saved_tensors_hooks_get_disabled_error_message() is not None
+    )
+    if keeps:
+        return work(x)
+    out: Tensor = checkpoint(work, x, use_reentrant=False, preserve_rng_state=False)
+    return out
