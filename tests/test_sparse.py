@@ -432,3 +432,20 @@ def test_no_tensor_is_as_large_as_all_pairs_unless_the_pair_loss_asks_for_it(pai
     with LargestTensor() as seen:
         loss(*inputs, image_ids=torch.arange(n) // 2).backward()
     assert (seen.elements < n * n // 4) == isinstance(pair_loss, torch.nn.Module), seen.elements
+
+
+def test_no_rows_in_float64_are_kept_for_the_backward_pass():
+    """They would be twice the embeddings of all processes, on every process."""
+    torch.manual_seed(0)
+    v, u = (torch.randn(12, 16, requires_grad=True) for _ in range(2))
+    kept = []
+
+    def keep(x):
+        kept.append((x.dtype, tuple(x.shape)))
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        graph = AssociationGraph(candidates=2)(v, u, torch.randn(12, 5, 16), torch.randn(12, 4, 16))
+    assert kept
+    assert not [shape for dtype, shape in kept if dtype == DOUBLE and shape[-1] == 16]
+    assert all(grad.abs().sum() > 0 for grad in torch.autograd.grad(graph.relevance.sum(), (v, u)))

@@ -196,10 +196,8 @@ class _TakeOwn(torch.autograd.Function):
 def _sum_of_mine(grad: Tensor, sizes: tuple[int, ...]) -> Tensor:
     """My rows of the sum over all processes: a reduce-scatter, on whose way every part is as long as the longest."""
     most = max(sizes)
-    if min(sizes) == most:
-        wire = grad  # as it is: a copy would be as large as what all processes have
-    else:
-        wire = torch.cat([pad(part, 0, most) for part in grad.split(sizes)])
+    # of equal parts no copy, which would be as large as what all processes have
+    wire = grad if min(sizes) == most else torch.cat([pad(part, 0, most) for part in grad.split(sizes)])
     mine = wire.new_empty(most, *wire.shape[1:])
     reduce_scatter(mine, wire.contiguous())
     return mine[: sizes[dist.get_rank()]]
