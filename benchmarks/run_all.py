@@ -34,6 +34,8 @@ class Figures(NamedTuple):
     """On two idle cores, roughly."""
     quick: str = ""
     """More options, for --quick."""
+    needs: str = ""
+    """A folder without which the figures stay as they are, and how to get it: ``FOLDER: command``."""
 
     @property
     def script(self) -> str:
@@ -45,6 +47,13 @@ FIGURES = (
     Figures("alignment_grid.py --sizes 64 128 256 512 --repeats 3", "performance.md", 8, "--sizes 64 --dims 256"),
     Figures("alignment_grid.py --sizes 1024 --dims 256 1024 --regions 36", "performance.md", 8, "--sizes 64"),
     Figures("loss_ratio.py", "performance.md", 0.5, "--repeats 3"),
+    Figures(
+        "authors_step.py",
+        "performance.md",
+        1,
+        "--repeats 3",
+        "runs/HREM: git clone https://github.com/CrossmodalGroup/HREM runs/HREM",
+    ),
     Figures("warmup_and_captions.py", "performance.md", 1, "--repeats 3"),
     Figures("revisions.py 7ea6736 --dims 1024 256", "performance.md", 2, "--repeats 3 --n 32"),
     Figures("peers.py", "performance.md", 4, "--quick"),
@@ -156,6 +165,10 @@ def main() -> None:
         code = digest(figures.script)
         if written(figures, docs)[1] == code and not arguments.again:
             print(f"{figures.command}: measured by this code already", file=sys.stderr, flush=True)
+            continue
+        folder, _, how = figures.needs.partition(": ")
+        if not (ROOT / folder).is_dir():
+            print(f"{figures.command}: left as it was, needs {folder}: {how}", file=sys.stderr, flush=True)
             continue
         printed = run(figures, arguments.quick)
         if printed is None:

@@ -176,11 +176,11 @@ def step_costs(
     return {
         "alignment, FLOP": pairs * 2 * r * w * d * (4 if through else 1),
         "cosines to find neighbours, FLOP (float64)": 2 * d * (4 * n * n if sparse else 3 * n * n) / shared,
-        # attention: 2 and 4 more in backward, over both blocks; distances 3 within; the guide across
+        # attention: 2 and 4 more in backward, over both blocks; distances within 4, as forward twice; the guide across
         "attention, distances, guide, FLOP": 2
         * nodes
         * d
-        * ((6 * 2 + 3 + 1) * k if sparse else 6 * nodes + 3 * n)
+        * ((6 * 2 + 4 + 1) * k if sparse else 6 * nodes + 3 * n)
         / shared,
         # four losses; streamed, images and texts each compute their own similarities
         "pair losses, FLOP": 4 * 3 * (2 if sparse else 1) * 2 * n * n * d / shared,

@@ -91,6 +91,18 @@ def test_a_script_that_fails_leaves_the_page_alone(docs: Path, monkeypatch: pyte
     assert (docs / "sampler.md").read_text("utf-8") == before
 
 
+def test_what_is_not_there_to_be_measured_leaves_its_page_alone(
+    docs: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    before = (docs / "performance.md").read_text("utf-8")
+    assert run(monkeypatch, "authors_step.py") == 0
+    assert "needs runs/HREM: git clone https://" in capsys.readouterr().err
+    assert (docs / "performance.md").read_text("utf-8") == before
+    (docs.parent / "runs" / "HREM").mkdir(parents=True)
+    assert run(monkeypatch, "authors_step.py") == 0
+    assert "figures of\n" in (docs / "performance.md").read_text("utf-8")
+
+
 def test_quick_figures_go_into_copies(docs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = (docs / "sampler.md").read_text("utf-8")
     assert run(monkeypatch, "--quick", "sampler.md") == 0

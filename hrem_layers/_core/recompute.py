@@ -9,16 +9,19 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 
+def saved_tensors_are_fixed() -> bool:
+    """In torch.func, whose transforms refuse hooks on what is saved."""
+    return bool(torch._C._autograd._saved_tensors_hooks_get_disabled_error_message())
+
+
 def recompute(work: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """``work(x)``, of which nothing but ``x`` stays for the backward pass. ``work`` draws no random numbers and does
     not communicate on its way forward: the processes would not come to it in the same order.
 
-    Traced, a compiler decides by itself what to keep; :mod:`torch.func` knows no such thing.
+    Traced, a compiler decides by itself what to keep.
     """
     keeps = (
-        torch.compiler.is_compiling()
-        or not (torch.is_grad_enabled() and x.requires_grad)
-        or torch._C._autograd._saved_tensors_hooks_get_disabled_error_message() is not None
+        torch.compiler.is_compiling() or not (torch.is_grad_enabled() and x.requires_grad) or saved_tensors_are_fixed()
     )
     if keeps:
         return work(x)

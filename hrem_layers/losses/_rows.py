@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hrem_layers._core.recompute import saved_tensors_are_fixed
+
 CHUNK_ELEMENTS = 2**17
 """Elements per thread in one chunk of rows: half a megabyte in float32, what a core's own cache holds."""
 
@@ -89,7 +91,7 @@ def in_chunks(
 
 def _saved_as_they_are() -> AbstractContextManager[object]:
     """Activation checkpointing keeps no tensor: it would run all that it holds anew for the gradient of each chunk."""
-    if torch._C._autograd._saved_tensors_hooks_get_disabled_error_message():  # in torch.func, which knows none
+    if saved_tensors_are_fixed():
         return nullcontext()
     return torch.autograd.graph.saved_tensors_hooks(Tensor.detach, lambda x: x)
 
