@@ -1,6 +1,6 @@
 """Runs the benchmarks and writes what they print into the pages of docs/.
 
-python benchmarks/run_all.py                                     # all: about 50 minutes on two idle cores
+python benchmarks/run_all.py                                     # all: about an hour on two idle cores
 python benchmarks/run_all.py alignment_ratio.py loss_ratio.py    # these
 python benchmarks/run_all.py --list                              # which figures of which page come from which command
 python benchmarks/run_all.py --quick                             # few rounds, small sizes, into copies of the pages
@@ -44,8 +44,8 @@ class Figures(NamedTuple):
 
 FIGURES = (
     Figures("alignment_ratio.py", "performance.md", 1, "--repeats 3"),
-    Figures("alignment_grid.py --sizes 64 128 256 512 --repeats 3", "performance.md", 8, "--sizes 64 --dims 256"),
-    Figures("alignment_grid.py --sizes 1024 --dims 256 1024 --regions 36", "performance.md", 8, "--sizes 64"),
+    Figures("alignment_grid.py --sizes 64 128 256 512 --repeats 3", "performance.md", 5, "--sizes 64 --dims 256"),
+    Figures("alignment_grid.py --sizes 1024", "performance.md", 12, "--sizes 64"),
     Figures("loss_ratio.py", "performance.md", 0.5, "--repeats 3"),
     Figures(
         "authors_step.py",
