@@ -216,17 +216,8 @@ def per_process(found: dict[str, dict[int, list]], options: argparse.Namespace) 
                 name, f"{items:,}", str(world), f"{work / 1e9:.4g} ({work / base:.2f})", f"{got / 1e6:.0f}",
                 f"{peak:.0f} ({peak / at_first:.2f})", f"{whole / world:.0f}",
             ])  # fmt: skip
-    return table(
-        [
-            "graph",
-            "processes",
-            "products, GFLOP",
-            "received, MB",
-            "memory at the peak, MB",
-            "its part of the batch, MB",
-        ],
-        rows,
-    )
+    head = ["graph", "N", "processes", "products, GFLOP", "received, MB", "memory, MB", "part of the batch, MB"]
+    return table(head, rows)
 
 
 def main() -> None:

@@ -35,6 +35,18 @@ def test_every_place_for_figures_has_its_command() -> None:
         assert run_all.written(figures, ROOT / "docs")[2].strip(), figures.command
 
 
+@pytest.mark.parametrize("page", sorted((ROOT / "docs").glob("*.md")), ids=lambda page: page.name)
+def test_rows_of_tables_are_as_wide_as_their_heads(page: Path) -> None:
+    head = None
+    for line in page.read_text("utf-8").splitlines():
+        if not line.startswith("|"):
+            head = None
+            continue
+        width = len(re.split(r"(?<!\\)\|", line.replace("\\|", ""))) - 2
+        head = head or width
+        assert width == head, line
+
+
 def test_commands_are_listed_with_their_pages() -> None:
     listing = run_all.listing()
     assert all(x.command in listing and f"docs/{x.page}" in listing for x in run_all.FIGURES)
