@@ -295,6 +295,56 @@ def test_as_many_clusters_as_images() -> None:
     assert cluster_features(features[:1], 1).tolist() == [0]
 
 
+def inertia(features: np.ndarray, labels: np.ndarray) -> float:
+    """The mean squared distance to the mean of the cluster."""
+    means = np.stack(
+        [features[labels == i].mean(0) if (labels == i).any() else features[0] for i in range(1 + max(labels))]
+    )
+    return float(np.square(features - means[labels]).sum(1).mean())
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_without_any_structure_few_clusters_are_tiny_and_the_sum_of_squares_is_that_of_scikit_learn(seed: int) -> None:
+    """In noise of many dimensions Lloyd's iterations leave a quarter of the centres with next to no rows."""
+    from sklearn.cluster import KMeans
+
+    features = np.random.default_rng(seed).standard_normal((6000, 128)).astype(np.float32)
+    labels = cluster_features(features, 90, seed=seed, max_iter=20)
+    assert (np.bincount(labels, minlength=90) < 6000 / 90 / 4).sum() <= 9
+    theirs = KMeans(90, n_init=1, random_state=seed).fit_predict(features)
+    assert inertia(features, labels) <= 1.001 * inertia(features, theirs)
+
+
+@pytest.mark.parametrize("at_one_time", [1, 5, 2**22])
+def test_a_small_cluster_moves_only_if_that_lowers_the_sum_of_squares(
+    at_one_time: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(clustering, "_AT_ONE_TIME", at_one_time)
+    random = np.random.default_rng(0)
+    near, far = random.standard_normal((4, 8)), 30 + random.standard_normal((4, 8))
+    middle = random.standard_normal((200, 8))
+    wide = random.standard_normal((200, 8)) + 8 * np.sign(random.standard_normal((200, 1))) - 20
+    rows = np.concatenate([near, far, middle, wide])
+    labels = np.repeat([0, 1, 2, 3], [4, 4, 200, 200])
+    centres = np.stack([rows[labels == i].mean(0) for i in range(4)])
+    moved = clustering.move_small(rows, labels, centres)
+    assert np.array_equal(moved[[1, 2]], centres[[1, 2]]), "far from all others; not small"
+    halves = np.stack([wide[wide[:, 0] < -20].mean(0), wide[wide[:, 0] > -20].mean(0)])
+    assert np.allclose(np.sort(moved[[0, 3]], 0), halves), "the one near a large cluster helps to split the widest"
+
+    alone = centres[[1, 2]]  # the middle would gain less by a split than those far away would lose
+    assert np.array_equal(clustering.move_small(rows[4:208], labels[4:208] - 1, alone), alone)
+    assert np.array_equal(clustering.move_small(middle, np.arange(200) % 4, centres), centres), "none is small"
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_cluster_without_rows_or_one_of_equal_rows_moves_nothing_into_itself() -> None:
+    rows = np.repeat(np.eye(3), [50, 50, 1], axis=0)
+    centres = np.concatenate([np.eye(3), np.full((1, 3), 9.0)])  # the last has no rows, and no other is worth a split
+    moved = clustering.move_small(rows, np.repeat([0, 1, 2], [50, 50, 1]), centres)
+    assert np.array_equal(moved, centres)
+
+
 @pytest.mark.parametrize(("clusters", "images"), [(12, 600), (60, 6000), (200, 10000)])
 def test_the_start_finds_well_separated_clusters(clusters: int, images: int) -> None:
     features, which = blobs(images, clusters, 16)

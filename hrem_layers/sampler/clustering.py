@@ -16,6 +16,10 @@ _SAMPLE_BYTES = 2**28
 # The start is chosen from so many means of rows: 3 per cluster and 100 more, each of 5 rows or so.
 _MEANS_PER_CLUSTER, _MORE_MEANS, _ROWS_PER_MEAN = 3, 100, 5
 _ITERATIONS_TO_MEANS, _ITERATIONS_ON_MEANS = 2, 5
+_BEFORE_MOVING = 3  # Lloyd's iterations until small clusters show
+_SMALL = 0.25  # of the mean number of rows
+_SPLIT_ITERATIONS = 3
+_AT_ONE_TIME = 2**22  # distances held
 _ROUNDING = 1e3  # how many times the rounding of float32 a mean squared distance must be
 
 
@@ -40,6 +44,10 @@ def cluster_features(
     centres as are wanted are drawn from the rows and moved by a few of Lloyd's iterations, to means of a few rows each;
     weighted k-means++ and k-means on these choose the start, from which Lloyd's iterations go on with all rows of the
     sample.
+
+    *Small clusters.* After three iterations centres with few rows, less than a quarter of the mean number, are moved
+    into clusters that are worth splitting, where that lowers the sum of squared distances. Lloyd's iterations alone
+    hardly ever do so: a centre that has few rows is long, and repels others.
 
     *Precision.* The mean is taken away and a power of two brings the largest value near 1, in float64 and once for all
     steps, so that neither a common offset nor the scale matters; the rest is done in float32. Where the mean squared
@@ -118,7 +126,11 @@ def _fit(rows: Floats, number: int, iterations: int, keys: Keys) -> Any:
     """
     start = _start(rows, number, keys)
     norms = float(np.vdot(rows, rows))
-    means = _k_means(rows, start, iterations)
+    means = _k_means(rows, start, min(iterations, _BEFORE_MOVING))
+    if iterations > _BEFORE_MOVING:
+        moved = move_small(rows, means.labels_, means.cluster_centers_)
+        if means.n_iter_ == _BEFORE_MOVING or not np.array_equal(moved, means.cluster_centers_):
+            means = _k_means(rows, moved, iterations - _BEFORE_MOVING)
     if rows.dtype == np.float32 and means.inertia_ <= _ROUNDING * np.finfo(np.float32).eps * norms:
         return None
     if len(np.unique(means.labels_)) == number:
@@ -148,6 +160,58 @@ def _start(rows: Floats, number: int, keys: Keys) -> Floats:
     state = int(keys[-1] >> np.uint64(32))
     chosen, _ = kmeans_plusplus(rows, number, sample_weight=weights, random_state=state)
     return _k_means(rows.copy(), chosen, _ITERATIONS_ON_MEANS, weights).cluster_centers_  # type: ignore[no-any-return]
+
+
+def move_small(rows: Floats, labels: npt.NDArray[np.integer[Any]], centres: Floats) -> Floats:
+    """The centres (k, D), of which those with few rows stand in the clusters that gain most by being split.
+
+    The cheapest to do without comes first: its rows go to the nearest of the other centres. It goes on while the sum
+    of squared distances falls. A far cluster that is small keeps its centre.
+    """
+    sizes = np.bincount(labels, minlength=len(centres))
+    small = np.flatnonzero(sizes < _SMALL * len(rows) / len(centres))
+    if not 0 < len(small) < len(centres):
+        return centres
+    of = np.split(np.argsort(labels, kind="stable"), np.cumsum(sizes)[:-1])  # row numbers, cluster by cluster
+    others = np.setdiff1d(np.arange(len(centres)), small)
+    costs = _costs_without(rows, [of[i] for i in small], centres[small], centres[others])
+    squares = np.bincount(labels, np.einsum("nd,nd->n", rows, rows), minlength=len(centres))
+    spread = (squares - sizes * np.square(centres).sum(1))[others]
+    moved, cheapest, widest = centres.copy(), np.argsort(costs, kind="stable"), np.argsort(-spread, kind="stable")
+    for i, j in zip(cheapest, others[widest], strict=False):
+        halves, gain = _split(rows[of[j]])
+        if gain > costs[i]:
+            moved[small[i]], moved[j] = halves
+    return moved
+
+
+def _costs_without(rows: Floats, of: list[npt.NDArray[np.intp]], own: Floats, others: Floats) -> Floats:
+    """How much farther, squared and summed, the rows that ``of`` names, cluster by cluster, are from the nearest of
+    ``others`` (k, D) than from the centre of their ``own``."""
+    numbers, cluster = np.concatenate(of), np.repeat(np.arange(len(of)), [len(rows_of) for rows_of in of])
+    lengths, costs = np.square(others).sum(1), np.zeros(len(of))
+    for start in range(0, len(numbers), most := max(1, _AT_ONE_TIME // len(others))):
+        here = cluster[start : start + most]
+        some, centre = rows[numbers[start : start + most]], own[here]
+        nearest = (lengths - 2 * some @ others.T).min(1)
+        farther = nearest - (np.square(centre) - 2 * some * centre).sum(1)
+        costs += np.bincount(here, farther, minlength=len(of))
+    return costs
+
+
+def _split(rows: Floats) -> tuple[Floats, float]:
+    """Two means of rows (n, D), (2, D), and by how much they are nearer to the rows, squared and summed, than one."""
+    centre = rows.mean(0)
+    rows = rows - centre
+    halves = np.stack([rows[np.square(rows).sum(1).argmax()], np.zeros_like(centre)])
+    halves[1] = -halves[0]
+    for _ in range(_SPLIT_ITERATIONS):
+        first = rows @ (halves[0] - halves[1]) > (np.square(halves[0]).sum() - np.square(halves[1]).sum()) / 2
+        if first.all() or not first.any():
+            return np.stack([centre, centre]), 0.0
+        halves = np.stack([rows[first].mean(0), rows[~first].mean(0)])
+    sizes = np.array([first.sum(), (~first).sum()])
+    return centre + halves, float((sizes * np.square(halves).sum(1)).sum())
 
 
 def _k_means(rows: Floats, start: Floats, iterations: int, weights: Floats | None = None) -> Any:
