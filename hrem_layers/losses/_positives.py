@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from hrem_layers._core.checks import check_bool_tensor, check_index_tensor
+from hrem_layers.losses._pairs import as_bytes
 
 
 class Positives(NamedTuple):
@@ -29,7 +30,7 @@ class Positives(NamedTuple):
     def anchors(self, way: int) -> Tensor:
         """How many images (``way`` 0) or texts (``way`` 1) have a positive, 0-dimensional."""
         if self.matrix is not None:
-            return torch.count_nonzero(self.matrix.any(dim=1 - way))
+            return torch.count_nonzero(as_bytes(self.matrix).amax(dim=1 - way))
         own, other = (self.image_ids, self.text_ids) if not way else (self.text_ids, self.image_ids)
         return torch.count_nonzero(_occurrences(own, other))
 

@@ -21,7 +21,11 @@ CHUNK_ELEMENTS = 2**17
 """Elements per thread in one chunk of rows: half a megabyte in float32, what a core's own cache holds."""
 
 RowLoss = Callable[..., Tensor]
-"""``(similarity (n, M), positives (n, M), *per_row (n, 1), *shared ()) -> scalar``, a sum over its n rows."""
+"""``(similarity (n, M), positives (n, M), *per_row (n, 1), *shared ()) -> scalar``, a sum over its n rows.
+
+One that has a method ``with_gradients``, of the same arguments, which returns the sum, its gradient in ``similarity``
+and those in ``shared``, is not differentiated by autograd where rows are computed a few at a time.
+"""
 
 Ways = tuple[tuple[Tensor, ...], ...]
 """``per_row`` of the rows and, if the columns are anchors too, ``per_row`` of the columns."""
@@ -75,11 +79,8 @@ def in_chunks(
                 with torch.no_grad():
                     total += loss(chunk, flags, *own, *shared)
                 continue
-            with torch.enable_grad(), _saved_as_they_are():
-                leaves = [chunk.requires_grad_(), *(x.detach().requires_grad_() for x in shared)]
-                value = loss(chunk, flags, *own, *leaves[1:])
-                of_chunk, *of_shared = torch.autograd.grad(value, leaves)
-            total += value.detach()
+            value, of_chunk, *of_shared = _with_gradients(loss, chunk, flags, own, [x.detach() for x in shared])
+            total += value
             if way:
                 grads[0][:, here] += of_chunk.t().contiguous()
             else:
@@ -87,6 +88,20 @@ def in_chunks(
             for x, y in zip(grads[1:], of_shared, strict=True):
                 x += y
     return total.to(similarity.dtype)
+
+
+def _with_gradients(
+    loss: RowLoss, similarity: Tensor, positives: Tensor, per_row: list[Tensor], shared: list[Tensor]
+) -> tuple[Tensor, ...]:
+    """The sum, its gradient in ``similarity`` and those in ``shared``; none of the arguments requires one."""
+    known: Callable[..., tuple[Tensor, ...]] | None = getattr(loss, "with_gradients", None)
+    if known is not None:
+        with torch.no_grad():
+            return known(similarity, positives, *per_row, *shared)
+    with torch.enable_grad(), _saved_as_they_are():
+        leaves = [x.requires_grad_() for x in (similarity, *shared)]
+        value = loss(similarity, positives, *per_row, *leaves[1:])
+        return value.detach(), *torch.autograd.grad(value, leaves)
 
 
 def _saved_as_they_are() -> AbstractContextManager[object]:

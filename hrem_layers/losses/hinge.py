@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hrem_layers.losses._pairs import as_bytes
+
 
 def hinge_against_one(
     similarity: Tensor, positives: Tensor, negative: Tensor, found: Tensor, *, margin: float
@@ -20,7 +22,7 @@ def hinge_against_one(
         margin: α.
     """
     threshold = torch.where(found, negative + margin, -torch.inf)
-    return F.relu(torch.where(positives, threshold - similarity, 0)).sum()
+    return (F.relu(threshold - similarity) * as_bytes(positives).to(similarity.dtype)).sum()
 
 
 def hinge_against_many(similarity: Tensor, positives: Tensor, weights: Tensor, *, margin: float) -> Tensor:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from hrem_layers._core.checks import check_bool, check_choice, check_tensor
-from hrem_layers.losses._pairs import REDUCTIONS, check_constant, check_pairs, one_if_finite
+from hrem_layers.losses._pairs import REDUCTIONS, as_bytes, check_constant, check_pairs, one_if_finite
 from hrem_layers.losses._rows import RowLoss, sum_over_anchors
 from hrem_layers.losses._scale import check_shared, check_temperature, clamp_own, log_of_inverse, scale_of, share
 from hrem_layers.losses._streamed import open_stream, streamed_dtype, streamed_sum
@@ -42,7 +41,7 @@ def info_nce_loss(
     loss = sum_over_anchors(
         row_loss, s, positives, ways=tuple((_weights(positives, d, reduction, s.dtype),) for d in (1, 0)), shared=shared
     )
-    return loss * one_if_finite(s, *shared)
+    return loss * one_if_finite(loss)  # which sees all of s
 
 
 def streamed_info_nce_loss(
@@ -87,21 +86,53 @@ def streamed_info_nce_loss(
 def _with_scale(scale: float | Tensor, like: Tensor) -> tuple[RowLoss, tuple[Tensor, ...]]:
     """The loss of rows, and the scale where it is a tensor that the rows share."""
     if isinstance(scale, Tensor):
-        return _row_loss, (check_tensor("scale", scale, (), device=like.device).to(like.dtype),)
-    return partial(_row_loss, scale=check_constant("scale", scale, above=0)), ()
+        return _RowLoss(None), (check_tensor("scale", scale, (), device=like.device).to(like.dtype),)
+    return _RowLoss(check_constant("scale", scale, above=0)), ()
 
 
 def _weights(positives: Tensor, dim: int, reduction: str, dtype: torch.dtype) -> Tensor:
     """What each anchor counts, (n, 1); those without a positive count 0 by having none."""
-    anchors = positives.any(dim=dim).unsqueeze(1)
-    weight = torch.full_like(anchors, 0.5, dtype=dtype)
-    return weight / torch.count_nonzero(anchors).clamp(min=1) if reduction == "mean" else weight
+    weight = torch.full((), 0.5, dtype=dtype, device=positives.device)
+    if reduction == "mean":
+        weight = weight / torch.count_nonzero(as_bytes(positives).amax(dim=dim)).clamp(min=1)
+    return weight.expand(positives.shape[1 - dim], 1)
 
 
-def _row_loss(s: Tensor, positives: Tensor, weight: Tensor, scale: float | Tensor) -> Tensor:
-    log_p = (s * scale).log_softmax(dim=1)
-    count = positives.sum(dim=1, keepdim=True).clamp(min=1)
-    return -(torch.where(positives, log_p, 0).sum(dim=1, keepdim=True) * weight / count).sum()
+class _RowLoss:
+    """The sum over rows, and its gradient. ``scale`` None: the rows share it, and gradient flows to it.
+
+    What is not finite makes the sum NaN wherever it stands: a share of 0 does not hide it.
+    """
+
+    def __init__(self, scale: float | None) -> None:
+        self.scale = scale
+
+    def __call__(self, s: Tensor, positives: Tensor, weight: Tensor, *shared: Tensor) -> Tensor:
+        log_p = (s * self._scale(shared)).log_softmax(dim=1)
+        return -(log_p * _shares(positives, weight, s.dtype)[0]).sum()
+
+    def with_gradients(self, s: Tensor, positives: Tensor, weight: Tensor, *shared: Tensor) -> tuple[Tensor, ...]:
+        scale = self._scale(shared)
+        log_p = (s * scale).log_softmax(dim=1)
+        share, total = _shares(positives, weight, s.dtype)
+        value = -torch.dot(log_p.flatten(), share.flatten())
+        of_logits = log_p.exp_().mul_(total).sub_(share)
+        of_scale = [torch.dot(of_logits.flatten(), s.flatten())] if shared else []
+        return value, of_logits.mul_(scale), *of_scale
+
+    def _scale(self, shared: tuple[Tensor, ...]) -> float | Tensor:
+        if self.scale is not None:
+            return self.scale
+        (scale,) = shared
+        return scale
+
+
+def _shares(positives: Tensor, weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """What log p of each pair counts (n, M), evenly over the positives of its row, and a row's total (n, 1)."""
+    share = as_bytes(positives).to(dtype)
+    count = share.sum(dim=1, keepdim=True)
+    total = weight * count.clamp(max=1)
+    return share.mul_(total / count.clamp(min=1)), total
 
 
 class InfoNCELoss(nn.Module):

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from hrem_layers._core.checks import check_int, check_tensor
 from hrem_layers._core.numerics import tie_tolerance
-from hrem_layers.losses._pairs import check_constant, check_pairs, one_if_finite
+from hrem_layers.losses._pairs import as_bytes, check_constant, check_pairs, one_if_finite
 
 
 def hardest_negative(similarity: Tensor, positives: Tensor) -> tuple[Tensor, Tensor]:
@@ -50,7 +50,8 @@ def find_hardest(similarity: Tensor, positives: Tensor) -> tuple[Tensor, Tensor]
     hardest = negatives.detach().amax(dim=1, keepdim=True)
     found = hardest > -torch.inf
     tied = negatives.detach() >= torch.where(found, hardest - tie_tolerance(similarity.dtype), torch.inf)
-    mean = torch.where(tied, similarity, 0).sum(dim=1, keepdim=True) / tied.sum(dim=1, keepdim=True).clamp(min=1)
+    chosen = as_bytes(tied).to(similarity.dtype)
+    mean = (similarity * chosen).sum(dim=1, keepdim=True) / chosen.sum(dim=1, keepdim=True).clamp(min=1)
     return mean, found
 
 
@@ -113,7 +114,7 @@ def every_negative_weights(similarity: Tensor, positives: Tensor) -> Tensor:
 
 
 def weigh_all(similarity: Tensor, positives: Tensor) -> Tensor:
-    return (~positives).to(similarity.dtype)
+    return as_bytes(~positives).to(similarity.dtype)
 
 
 def expected_negative_weights(

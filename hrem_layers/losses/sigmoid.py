@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hrem_layers._core.checks import check_bool, check_choice, check_number, check_tensor
-from hrem_layers.losses._pairs import REDUCTIONS, check_constant, check_pairs, one_if_finite
+from hrem_layers.losses._pairs import REDUCTIONS, as_bytes, check_constant, check_pairs, one_if_finite
 from hrem_layers.losses._rows import sum_over_anchors
 from hrem_layers.losses._scale import as_number, check_shared, check_temperature, scale_of, share
 from hrem_layers.losses._streamed import open_stream, streamed_dtype, streamed_sum
@@ -96,9 +96,29 @@ def _numbers(scale: float | Tensor, bias: float | Tensor, like: Tensor) -> tuple
     return tuple(numbers)
 
 
-def _row_loss(s: Tensor, positives: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
-    logits = s * scale + bias
-    return -F.logsigmoid(torch.where(positives, logits, -logits)).sum()
+class _RowLoss:
+    """The sum over rows, and its gradient."""
+
+    def __call__(self, s: Tensor, positives: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
+        return -F.logsigmoid((s * scale + bias) * _signs(positives, s.dtype)).sum()
+
+    def with_gradients(self, s: Tensor, positives: Tensor, scale: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
+        signs = _signs(positives, s.dtype)
+        signed = (s * scale).add_(bias).mul_(signs)
+        log_p = F.logsigmoid(signed)
+        value = -log_p.sum()
+        # −z σ(−z logit), where σ(−x) is σ(x) exp(−x); z (σ(z logit) − 1) would cancel
+        of_logits = log_p.sub_(signed).exp_().mul_(signs.neg_())
+        of_scale, of_bias = torch.dot(of_logits.flatten(), s.flatten()), of_logits.sum()
+        return value, of_logits.mul_(scale), of_scale, of_bias
+
+
+def _signs(positives: Tensor, dtype: torch.dtype) -> Tensor:
+    """z: 1 for positives, −1 for all other pairs."""
+    return as_bytes(positives).to(dtype).mul_(2).sub_(1)
+
+
+_row_loss = _RowLoss()
 
 
 class SigmoidLoss(nn.Module):
