@@ -11,9 +11,10 @@ import torch.nn.functional as F
 from _common import options, ratio_table, section, time_in_turn
 from torch import Tensor
 
-from hrem_layers import InfoNCELoss, TripletLoss
+from hrem_layers import InfoNCELoss, SigmoidLoss, TripletLoss
 
 MARGIN, NONZERO_CUTOFF, TEMPERATURE = 0.2, 1.7, 0.07
+SIGMOID_TEMPERATURE, SIGMOID_BIAS = 0.1, -10.0
 
 
 def peers() -> tuple[ModuleType, ModuleType, ModuleType]:
@@ -38,6 +39,8 @@ def pairs_of_works(n: int, dim: int) -> dict[str, tuple[Work, Work]]:
     """Per peer its work and ours, forward and backward."""
     miners, metric_losses, open_clip_loss = peers()
     hinge, clip = metric_losses.TripletMarginLoss(margin=MARGIN), open_clip_loss.ClipLoss()
+    siglip = open_clip_loss.SigLipLoss()
+    siglip_numbers = torch.tensor(1 / SIGMOID_TEMPERATURE), torch.tensor(SIGMOID_BIAS)
     g = torch.Generator().manual_seed(0)
     x = F.normalize(torch.randn(n, dim, generator=g))
     y = F.normalize(x + 0.5 * F.normalize(torch.randn(n, dim, generator=g)))
@@ -71,6 +74,10 @@ def pairs_of_works(n: int, dim: int) -> dict[str, tuple[Work, Work]]:
         ),
         "open_clip ClipLoss": (
             step(lambda a, b: clip(a, b, torch.tensor(1 / TEMPERATURE))), ours(InfoNCELoss(TEMPERATURE)),
+        ),
+        "open_clip SigLipLoss": (
+            step(lambda a, b: siglip(a, b, *siglip_numbers)),
+            ours(SigmoidLoss(SIGMOID_TEMPERATURE, bias=SIGMOID_BIAS, learnable=False)),
         ),
     }  # fmt: skip
 

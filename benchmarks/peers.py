@@ -85,12 +85,12 @@ def alignments(batch: Batch) -> Iterator[Comparison]:
 
 
 def losses(n: int, dim: int) -> Iterator[Comparison]:
-    needed = ("pytorch_metric_learning", "pytorch_metric_learning", "open_clip")
+    needed = ("pytorch_metric_learning", "pytorch_metric_learning", "open_clip", "open_clip")
     works = {}
     if all(map(importlib.util.find_spec, needed)):
         works = pair_losses.pairs_of_works(n, dim)
-    names = ("TripletLoss, distance-weighted", "TripletLoss, hardest", "InfoNCELoss")
-    peers = works or ("pytorch-metric-learning", "pytorch-metric-learning", "open_clip")
+    names = ("TripletLoss, distance-weighted", "TripletLoss, hardest", "InfoNCELoss", "SigmoidLoss")
+    peers = works or ("pytorch-metric-learning", "pytorch-metric-learning", "open_clip", "open_clip")
     for name, peer, package in zip(names, peers, needed, strict=True):
         yield Comparison(f"{name}, N = {n}", peer, package, lambda peer=peer: works[peer])
 
@@ -146,7 +146,7 @@ def main() -> None:
     batch = make_batch(**{**RELEASE, **({"n": 32, "dim": 256} if quick else {})})
     comparisons = [
         *alignments(batch),
-        *(each for n in ([256] if quick else [1024, 2048, 4096]) for each in losses(n, 256)),
+        *(each for n in ([256] if quick else [128, 512, 1024, 2048, 4096]) for each in losses(n, 256)),
         *retrieval(*((100, 256) if quick else (1000, 1024))),
         *sampling(*((5_000, 50) if quick else (29_000, 453))),
     ]
