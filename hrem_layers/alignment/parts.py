@@ -66,5 +66,6 @@ def align_in_parts(
             mask = None if receiving_mask is None else receiving_mask[rows]
             found = _align_op(x[rows], y, mask, y_mask, place[rows][mine].view(-1, count), mode, topk, chunk_size)
             mean[slots[rows][mine]], top[slots[rows][mine]] = found[0].flatten(), found[1].flatten(0, 1)
+        del y, y_mask  # before the next are fetched
     assert mean is not None, "there is a part at least"
     return mean.view(n, k), top.view(n, k, topk)

@@ -2,7 +2,7 @@
 
 A chunk of anchors is multiplied with the other side, its value and the gradient of its similarities are found in one
 go, and two more products turn this gradient into that of the embeddings before the next chunk is taken. What stays
-for the backward pass is as large as the embeddings.
+for the backward pass is as large as the embeddings; over several processes, which add it up at once, as this one's own.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from hrem_layers._core.checks import check_bool, check_int, check_sides, said
+from hrem_layers._core.exchange import Exchange, check_exchange
 from hrem_layers._core.numerics import autocast_off, compute_dtype, l2_normalize
 from hrem_layers.losses._pairs import one_if_finite
 from hrem_layers.losses._positives import Positives, check_positive_pairs
@@ -35,6 +36,11 @@ class Plan(NamedTuple):
     rows: tuple[slice, slice]
     """Images and texts that are anchors here, both with a start and a stop."""
     chunk_size: int | None
+    exchange: Exchange
+    """Of the processes whose parts of the loss are added up."""
+
+
+SIDES = ("image", "text")
 
 
 def open_stream(
@@ -48,6 +54,7 @@ def open_stream(
     chunk_size: int | None,
     image_rows: slice | None,
     text_rows: slice | None,
+    exchange: Exchange,
 ) -> tuple[Tensor, Tensor, Plan]:
     """The arguments of ``from_embeddings``, checked; both embeddings in the dtype that is computed in."""
     dtype = streamed_dtype(image_embedding, text_embedding)
@@ -57,13 +64,14 @@ def open_stream(
             raise ValueError(f"{name} must hold at least 1 item, got an empty batch")
     pairs = check_positive_pairs(n, m, device, image_ids=image_ids, text_ids=text_ids, positives=positives)
     check_bool("normalize", normalize)
+    check_exchange("exchange", exchange)
     if chunk_size is not None and not torch.compiler.is_compiling():
         check_int("chunk_size", chunk_size, minimum=1)
     rows = (_check_rows("image_rows", image_rows, n), _check_rows("text_rows", text_rows, m))
     x, y = image_embedding.to(dtype), text_embedding.to(dtype)
     if normalize:
         x, y = l2_normalize(x), l2_normalize(y)
-    return x, y, Plan(pairs, rows, chunk_size)
+    return x, y, Plan(pairs, rows, chunk_size, exchange)
 
 
 def streamed_dtype(image_embedding: Tensor, text_embedding: Tensor) -> torch.dtype:
@@ -100,14 +108,17 @@ def streamed_sum(
     Returns:
         A scalar; NaN where a similarity that was looked at, or one of ``shared`` is not finite.
     """
+    exchange = plan.exchange
     with autocast_off(x.device):
         if torch.compiler.is_compiling():
-            total = _by_autograd(loss, x, y, plan, ways, shared, recompute=True)
-            finite = x.new_ones(())
+            x = exchange.share_rows("image", exchange.own_rows("image", x), x)
+            y = exchange.share_rows("text", exchange.own_rows("text", y), y)
+            total, finite = _by_autograd(loss, x, y, plan, ways, shared, recompute=True), x.new_ones(())
         elif not (torch.is_grad_enabled() and any(t.requires_grad for t in (x, y, *shared))):
             total, finite = _in_chunks(loss, x, y, plan, ways, shared, grads=None)
         else:
-            total, finite, *_ = _StreamedSum.apply(loss, plan, ways, x, y, *shared)  # type: ignore[no-untyped-call]
+            own = exchange.own_rows("image", x), exchange.own_rows("text", y)
+            total, finite, *_ = _StreamedSum.apply(loss, plan, ways, x.detach(), y.detach(), *own, *shared)  # type: ignore[no-untyped-call]
     return total * (finite * one_if_finite(*shared) if shared else finite)
 
 
@@ -136,6 +147,7 @@ def _in_chunks(
             of_s = torch.empty_like(s)
             total += in_chunks(loss, s, flags, per_anchor, shared, grads=(of_s, *grads[2:]))
             _add_products(of_s, own, others, grads[way][here], grads[1 - way])
+            del s, of_s, flags  # before the next are made
     return total, finite
 
 
@@ -176,16 +188,22 @@ def _by_autograd(
 
 
 class _StreamedSum(torch.autograd.Function):
-    """The sum, with the gradient found on the way. A second derivative is that of autograd, which keeps all chunks."""
+    """The sum, with the gradient found on the way and, for this process's own rows, added up over the processes. A
+    second derivative is that of autograd, which keeps all chunks."""
 
     @staticmethod
-    def forward(loss: RowLoss, plan: Plan, ways: Ways, x: Tensor, y: Tensor, *shared: Tensor) -> tuple[Tensor, ...]:
+    def forward(
+        loss: RowLoss, plan: Plan, ways: Ways, x: Tensor, y: Tensor, own_x: Tensor, own_y: Tensor, *shared: Tensor
+    ) -> tuple[Tensor, ...]:
         grads = tuple(torch.zeros_like(t) for t in (x, y, *shared))
-        return *_in_chunks(loss, x, y, plan, ways, shared, grads), *grads
+        total, finite = _in_chunks(loss, x, y, plan, ways, shared, grads)
+        of_own = (plan.exchange.add_up_rows(side, grad) for side, grad in zip(SIDES, grads[:2], strict=True))
+        return total, finite, *of_own, *grads[2:]
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.loss, ctx.plan, ctx.ways, *tensors = inputs
+        ctx.loss, plan, ctx.ways, _, _, *tensors = inputs
+        ctx.plan = plan._replace(exchange=plan.exchange.forget())  # what is kept is no longer than the own rows
         ctx.mark_non_differentiable(*output[1:])
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*output[2:], *tensors)
@@ -194,12 +212,13 @@ class _StreamedSum(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         saved = ctx.saved_tensors  # read once: under activation checkpointing a second look is an error
         known, tensors = saved[: len(saved) // 2], saved[len(saved) // 2 :]
+        nothing = (None,) * 5
         if grad is None:
-            return (None,) * (3 + len(tensors))
+            return *nothing, *(None for _ in tensors)
         if not torch.is_grad_enabled():
-            return None, None, None, *(grad * x for x in known)
+            return *nothing, *(grad * x for x in known)
         leaves = [x for x in tensors if x.requires_grad]  # create_graph=True
-        x, y, *shared = tensors
-        value = _by_autograd(ctx.loss, x, y, ctx.plan, ctx.ways, tuple(shared), recompute=False)
+        x, y = (ctx.plan.exchange.gather_shared_rows(side, own) for side, own in zip(SIDES, tensors, strict=False))
+        value = _by_autograd(ctx.loss, x, y, ctx.plan, ctx.ways, tensors[2:], recompute=False)
         found = iter(torch.autograd.grad(value, leaves, grad, create_graph=True))
-        return None, None, None, *(next(found) if x.requires_grad else None for x in tensors)
+        return *nothing, *(next(found) if x.requires_grad else None for x in tensors)
