@@ -422,7 +422,8 @@ def test_no_tensor_is_as_large_as_all_pairs_unless_the_pair_loss_asks_for_it(pai
     """Nothing that autograd sees; what the operators hold inside, a chunk, is tested apart."""
     from hrem_layers.losses import _streamed
 
-    monkeypatch.setattr(_streamed, "TILE_ELEMENTS", 2**14)
+    monkeypatch.setattr(_streamed, "CPU_TILE", 2**14)
+    monkeypatch.setattr(_streamed, "LEAST_ROWS", 1)
     n = 512
     loss = HREMLoss(
         16, graph=AssociationGraph(topk=2, candidates=2), interaction=RelationInteraction(16, num_heads=2, gate=0.6),

@@ -98,7 +98,8 @@ def test_a_default_chunk_is_cut_where_the_matrix_is_large(name, monkeypatch):
     x, y, image_ids, text_ids = case(13, 10)
     loss = LOSSES[name]("sum").double()
     expected = whole(loss, x, y, image_ids.unsqueeze(1) == text_ids)
-    monkeypatch.setattr(_streamed, "TILE_ELEMENTS", 30)
+    monkeypatch.setattr(_streamed, "CPU_TILE", 30)
+    monkeypatch.setattr(_streamed, "LEAST_ROWS", 1)
     with Largest() as largest:
         actual = streamed(loss, x, y, image_ids=image_ids, text_ids=text_ids)
     assert_same(actual, expected, [x, y, *loss.parameters()])
@@ -484,6 +485,7 @@ X = torch.ones(4, 3)
     ({"chunk_size": 0}, ValueError, "chunk_size must be at least 1, got 0"),
     ({"chunk_size": 2.5}, TypeError, "chunk_size must be an int"),
     ({"normalize": 1}, TypeError, "normalize must be True or False"),
+    ({"exchange": 3}, TypeError, "exchange must be a hrem_layers.Exchange"),
     ({"image_rows": 3}, TypeError, "image_rows must be a slice"),
     ({"image_rows": slice(0.0, 4)}, ValueError, "image_rows must be a slice of step 1 within the 4 anchors"),
     ({"image_rows": slice(0, 5)}, ValueError, "image_rows must be a slice of step 1 within the 4 anchors"),

@@ -13,17 +13,20 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from hrem_layers._core.checks import check_bool, check_int, check_sides, said
 from hrem_layers._core.exchange import Exchange, check_exchange
 from hrem_layers._core.numerics import autocast_off, compute_dtype, l2_normalize
+from hrem_layers._core.recompute import compute_twice
 from hrem_layers.losses._pairs import one_if_finite
 from hrem_layers.losses._positives import Positives, check_positive_pairs
 from hrem_layers.losses._rows import RowLoss, Ways, in_chunks
 
-TILE_ELEMENTS = 2**22
-"""Similarities in one chunk where the caller names no size: 16 MB in float32, enough rows for a fast product."""
+CPU_TILE, GPU_TILE = 2**21, 2**22
+"""Similarities in one chunk where the caller names no size: 8 and 16 MB in float32."""
+
+LEAST_ROWS = 128
+"""But no fewer rows than a fast product needs."""
 
 SPARSE = 64
 """Where fewer than one in so many similarities have a gradient, those are multiplied alone."""
@@ -122,8 +125,8 @@ def streamed_sum(
     return total * (finite * one_if_finite(*shared) if shared else finite)
 
 
-def _chunks(rows: slice, chunk_size: int | None, width: int) -> list[slice]:
-    size = chunk_size or max(1, TILE_ELEMENTS // width)
+def _chunks(rows: slice, chunk_size: int | None, others: Tensor) -> list[slice]:
+    size = chunk_size or max(LEAST_ROWS, (CPU_TILE if others.device.type == "cpu" else GPU_TILE) // len(others))
     return [slice(start, min(start + size, rows.stop)) for start in range(rows.start, rows.stop, size)]
 
 
@@ -136,7 +139,7 @@ def _in_chunks(
     total, finite = x.new_zeros((), dtype=x.dtype), x.new_ones(())
     for way, per_row in enumerate(ways):
         anchors, others = sides[way], sides[1 - way]
-        for here in _chunks(plan.rows[way], plan.chunk_size, others.shape[0]):
+        for here in _chunks(plan.rows[way], plan.chunk_size, others):
             own = anchors[here]
             s, flags = own @ others.t(), plan.positives.rows(way, here)
             finite = finite * one_if_finite(s)
@@ -177,11 +180,11 @@ def _by_autograd(
         s = own @ others.t()
         return loss(s, flags, *per_anchor, *shared) * one_if_finite(s)
 
-    run = partial(checkpoint, chunk, use_reentrant=False, preserve_rng_state=False) if recompute else chunk
+    run = partial(compute_twice, chunk) if recompute else chunk
     total = x.new_zeros(())
     for way, per_row in enumerate(ways):
         anchors, others = (x, y) if not way else (y, x)
-        for here in _chunks(plan.rows[way], plan.chunk_size, others.shape[0]):
+        for here in _chunks(plan.rows[way], plan.chunk_size, others):
             flags, per_anchor = plan.positives.rows(way, here), tuple(t[here] for t in per_row)
             total = total + run(anchors[here], others, flags, per_anchor, *shared)
     return total
