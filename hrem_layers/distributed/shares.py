@@ -74,7 +74,7 @@ class Shares(NamedTuple):
     def parts(self, side: str, fragments: Tensor, index: Tensor) -> tuple[Tensor, ...] | None:
         wanted, own = index.unique(), self.own(side, 0)
         one = max(1, self._width(side) * fragments.shape[2])
-        most = max((own.stop - own.start) // 2, _LEAST.get(fragments.device.type, _LEAST_ELSEWHERE) // one, 1)
+        most = max((own.stop - own.start) // 4, _LEAST.get(fragments.device.type, _LEAST_ELSEWHERE) // one, 1)
         needed = torch.tensor([-(-len(wanted) // most)], device=index.device)
         number = int(gather_constant(needed, (1,) * len(self.image_sizes)).max())
         if number <= 1:
