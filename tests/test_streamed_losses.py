@@ -106,6 +106,12 @@ def test_a_default_chunk_is_cut_where_the_matrix_is_large(name, monkeypatch):
     assert largest.numel <= 65  # the embeddings, 13 × 5
 
 
+@pytest.mark.parametrize(("others", "rows"), [(1024, 2048), (4096, 512), (2**16, 128)])
+def test_a_default_chunk_has_two_million_similarities_on_a_cpu_and_rows_for_a_fast_product(others, rows):
+    chunks = _streamed._chunks(slice(5, 5000), None, torch.empty(others, 1))
+    assert chunks[0] == slice(5, 5 + rows) and chunks[-1].stop == 5000
+
+
 @every_loss
 @pytest.mark.parametrize("sparse", [0, 2**40], ids=["what is not zero", "all"])
 @pytest.mark.parametrize("chunk_size", [2, None])
