@@ -179,6 +179,7 @@ def measure(rank: int, world: int, options: argparse.Namespace, name: str, folde
     largest = [{key: max(counts[place].get(key, 0) for counts in everyone) for key in keys} for place, keys in places]
     if rank == 0:
         Path(folder, "results.json").write_text(json.dumps(largest))
+    dist.barrier()  # who leaves while others still talk to it ends them
     dist.destroy_process_group()
 
 

@@ -162,7 +162,7 @@ def step_costs(
     k = candidates if sparse else n
     pairs = (2 * n * k if sparse else n * n) / processes  # each direction aligns its own candidates
     embeddings = nodes * d * 4
-    part = max(n / (2 * processes), GPU_PART / (max(r, w) * d))  # of candidates: what comes at one time
+    part = max(n / (4 * processes), GPU_PART / (max(r, w) * d))  # of candidates: what comes at one time
     fetched = min(1, k / processes) if sparse else 1  # at most: two rows may have one candidate
     held = min(fetched * n, n if through or processes == 1 or not sparse else part)
     received = {

@@ -51,6 +51,7 @@ def together(device: str, step_timeout: float) -> Iterator[torch.device]:
     try:
         _join("nccl" if device.startswith("cuda") else "gloo", timedelta(seconds=step_timeout))
         yield torch.device(device)
+        wait()  # who leaves while others still talk to it ends them
         dist.destroy_process_group()
     except Exception as error:
         lost = _lost_peer(error)

@@ -308,29 +308,33 @@ class AssociationGraph(nn.Module):
         (n, m), k = (v.shape[0], u.shape[0]), self.candidates
         wide, dtype = compute_dtype(v.dtype), _result_dtype(v)
         images, texts = exchange.own("image", n), exchange.own("text", m)  # this process's rows
+        alone = isinstance(exchange, Alone)
         with autocast_off(v.device):
             of_fragments = compute_dtype(fragments.images.dtype)
 
-            def search(embedding: Tensor, rows: slice, other: Tensor, other_rows: slice) -> tuple[Tensor, Tensor]:
-                """The nearest of all rows of ``embedding``, of its own rows and of the other side's. In float64 there
-                are all rows of one side at a time."""
-                units, count = exact_units(embedding.detach()), embedding.shape[0]
-                near = nearest_rows(units[rows], units, min(k, self._neighbors(count)), wide)
-                return near, nearest_rows(exact_units(other.detach()[other_rows]), units, min(k, count), of_fragments)
+            def search(own: Tensor, other: Tensor, embedding: Tensor) -> tuple[Tensor, Tensor]:
+                """Units of own rows, of a side and of the other one: the nearest to both among all of the first. Over
+                several processes these are there in float64 for one side at a time."""
+                units, count = own if alone else exact_units(embedding.detach()), embedding.shape[0]
+                near = nearest_rows(own, units, min(k, self._neighbors(count)), wide)
+                return near, nearest_rows(other, units, min(k, count), of_fragments)
 
-            near_images, t2i = search(v, images, u, texts)
-            near_texts, i2t = search(u, texts, v, images)
+            own_images, own_texts = exact_units(v.detach()[images]), exact_units(u.detach()[texts])
+            near_images, t2i = search(own_images, own_texts, v)
+            near_texts, i2t = search(own_texts, own_images, u)
+            del own_images, own_texts
 
-            def within(side: str, embedding: Tensor, index: Tensor, rows: slice) -> SparseRelationBlock:
-                def weigh(embedding: Tensor) -> Tensor:
-                    units = exchange.share_rows(side, exact_units(embedding))
-                    return self._within(edge_cosines(units[rows], units, index), wide).to(dtype)
+            def within(side: str, embedding: Tensor, index: Tensor) -> SparseRelationBlock:
+                def weigh(own: Tensor) -> Tensor:
+                    units = exact_units(own)
+                    everyone = units if alone else exchange.share_rows(side, units, exact_units(embedding.detach()))
+                    return self._within(edge_cosines(units, everyone, index), wide).to(dtype)
 
-                relevance = recompute(weigh, embedding)
+                relevance = recompute(weigh, exchange.own_rows(side, embedding))
                 edges = torch.ones_like(index, dtype=torch.bool)
                 return SparseRelationBlock(index, relevance, edges, embedding.shape[0])
 
-            i2i, t2t = within("image", v, near_images, images), within("text", u, near_texts, texts)
+            i2i, t2t = within("image", v, near_images), within("text", u, near_texts)
         found = self._candidate_pairs(fragments, i2t, t2i, exchange)
 
         def across(found: _Direction, index: Tensor, count: int, allowed: Tensor | None) -> SparseRelationBlock:

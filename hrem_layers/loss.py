@@ -17,7 +17,7 @@ from hrem_layers._core.checks import (
     check_weights,
     said,
 )
-from hrem_layers._core.exchange import ALONE, Exchange
+from hrem_layers._core.exchange import ALONE, Alone, Exchange
 from hrem_layers._core.numerics import compute_dtype, l2_normalize
 from hrem_layers._core.warmup import CallCounter, count_call, recomputing
 from hrem_layers.distributed import agree, gather_embeddings, is_distributed, one_random_stream
@@ -279,7 +279,7 @@ class HREMLoss(nn.Module):
         def relate(whole: Batch, exchange: Exchange) -> Relations:
             pairs = self._pairs(whole, exchange)
             graph = self._graph(pairs, None if pairs.streamed else pair_cosines(*whole[:2]))
-            return Relations(_whole(graph), *self._enhance(whole, graph))
+            return Relations(_whole(graph), *self._enhance(pairs, graph)[1])
 
         return self._over_all(batch, relate)
 
@@ -298,7 +298,7 @@ class HREMLoss(nn.Module):
         device = self.step.device if problem is not None else own.image_embedding.device
         shares = agree(own, problem, training=self.training, warming=self._counter.warming, device=device)
         with one_random_stream(device):
-            return work(gather_embeddings(_normalized(own), shares), shares)
+            return work(*gather_embeddings(_normalized(own), shares))
 
     def _check(self, batch: Batch, *, empty: bool) -> None:
         check_batch(batch, self.embed_dim, empty=empty)
@@ -324,15 +324,21 @@ class HREMLoss(nn.Module):
         )  # fmt: skip
         return check_any_graph(graph, v.shape[0], u.shape[0], v.device)
 
-    def _enhance(self, batch: Batch, graph: AnyGraph) -> tuple[Tensor, Tensor]:
-        v, u = batch.image_embedding, batch.text_embedding
+    def _enhance(self, pairs: Pairs, graph: AnyGraph) -> tuple[Pairs, tuple[Tensor, Tensor]]:
+        """Enhanced images and texts, normalised, and the pairs that know which of them are this process's own."""
+        v, u = pairs.batch.image_embedding, pairs.batch.text_embedding
         enhanced = self.interaction(v, u, graph if self._interaction_shares() else _whole(graph))
         if not isinstance(enhanced, tuple) or len(enhanced) != 2:
             raise TypeError(f"interaction must return (image_enhanced, text_enhanced), got {said(enhanced)}")
         for name, x, like in zip(("image_enhanced", "text_enhanced"), enhanced, (v, u), strict=True):
             check_tensor(f"what interaction returns as {name}", x, tuple(like.shape), device=v.device)
         images, texts = (l2_normalize(x.to(compute_dtype(x.dtype))) for x in enhanced)
-        return images, texts
+        exchange = pairs.exchange if self._interaction_shares() else ALONE  # made alike everywhere: so is its gradient
+        if pairs.streamed and not isinstance(exchange, Alone):
+            for side, x, unit in (("image", enhanced[0], images), ("text", enhanced[1], texts)):
+                own = exchange.own_rows(side, x)
+                exchange = exchange.remember(l2_normalize(own.to(compute_dtype(own.dtype))), unit)
+        return Pairs(pairs.batch, pairs.streamed, exchange), (images, texts)
 
     def _interaction_shares(self) -> bool:
         """Whether each process computes its own rows of the enhanced embeddings, given neighbour lists."""
@@ -363,9 +369,7 @@ class HREMLoss(nn.Module):
         enhanced = cross_image = cross_text = regularization = torch.zeros_like(base)
         idle: list[object] = []
         if self.enhanced_weight or self.cross_weight:
-            v_enhanced, u_enhanced = self._enhance(batch, graph)
-            if not self._interaction_shares():  # what it gives was made alike everywhere, and so must its gradient be
-                pairs = pairs._replace(exchange=ALONE)
+            pairs, (v_enhanced, u_enhanced) = self._enhance(pairs, graph)
         else:
             idle.append(self.interaction)
         if self.enhanced_weight:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from torch import Tensor
 from torch.autograd import gradcheck
 
 from hrem_layers import AssociationGraph, HREMLoss, SparseRelationGraph, align_fragments
+from hrem_layers.alignment import parts as parts_module
 from hrem_layers.alignment.candidates import align_candidates
 from hrem_layers.alignment.parts import Part, align_in_parts
 from hrem_layers.relations import nearest
@@ -388,3 +390,28 @@ def test_alignment_refuses(change: dict, error: type[Exception], message: str) -
     }  # fmt: skip
     with pytest.raises(error, match=message):
         align_candidates(**arguments)
+
+
+def test_a_part_is_gone_before_the_next_is_fetched_and_few_rows_are_copied_at_once(monkeypatch):
+    monkeypatch.setattr(parts_module, "_CPU_CHUNK", 3 * 4 * 5)  # three rows
+    prepare, align, made, aligned = parts_module._prepare, parts_module._align_op, [], []
+
+    def prepare_and_watch(*arguments):
+        made.append(weakref.ref(out := prepare(*arguments)))
+        return out
+
+    def align_and_count(x, *rest):
+        aligned.append(len(x))
+        return align(x, *rest)
+
+    monkeypatch.setattr(parts_module, "_prepare", prepare_and_watch)
+    monkeypatch.setattr(parts_module, "_align_op", align_and_count)
+
+    def fetched():
+        for ids in torch.arange(8).split(3):
+            assert all(prepared() is None for prepared in made[1:]), "of an earlier part"
+            yield Part(ids, torch.randn(3, 6, 5)[: len(ids)], None)
+
+    align_in_parts(torch.randn(20, 4, 5), None, torch.arange(8).repeat(20, 1), fetched(), topk=2, mode="cosine",
+                   chunk_size=None)  # fmt: skip
+    assert max(aligned) == 3 and sum(aligned) == 3 * 20

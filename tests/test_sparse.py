@@ -422,7 +422,8 @@ def test_no_tensor_is_as_large_as_all_pairs_unless_the_pair_loss_asks_for_it(pai
     """Nothing that autograd sees; what the operators hold inside, a chunk, is tested apart."""
     from hrem_layers.losses import _streamed
 
-    monkeypatch.setattr(_streamed, "TILE_ELEMENTS", 2**14)
+    monkeypatch.setattr(_streamed, "CPU_TILE", 2**14)
+    monkeypatch.setattr(_streamed, "LEAST_ROWS", 1)
     n = 512
     loss = HREMLoss(
         16, graph=AssociationGraph(topk=2, candidates=2), interaction=RelationInteraction(16, num_heads=2, gate=0.6),
@@ -432,6 +433,20 @@ def test_no_tensor_is_as_large_as_all_pairs_unless_the_pair_loss_asks_for_it(pai
     with LargestTensor() as seen:
         loss(*inputs, image_ids=torch.arange(n) // 2).backward()
     assert (seen.elements < n * n // 4) == isinstance(pair_loss, torch.nn.Module), seen.elements
+
+
+def test_exact_units_are_made_some_rows_at_a_time(monkeypatch):
+    from hrem_layers.relations import neighbors
+
+    monkeypatch.setattr(neighbors, "_UNITS_CHUNK", 3 * 16)
+    x = torch.randn(10, 16, requires_grad=True)
+    whole = neighbors.exact_units(x)
+    assert whole.requires_grad and whole.dtype == torch.float64
+    lengths, normalize = [], neighbors.l2_normalize
+    monkeypatch.setattr(neighbors, "l2_normalize", lambda rows: lengths.append(len(rows)) or normalize(rows))
+    assert torch.equal(neighbors.exact_units(x.detach()), whole)
+    assert lengths == [3, 3, 3, 1]
+    assert neighbors.exact_units(x.detach()[:0]).shape == (0, 16)
 
 
 def test_no_rows_in_float64_are_kept_for_the_backward_pass():

@@ -98,11 +98,18 @@ def test_a_default_chunk_is_cut_where_the_matrix_is_large(name, monkeypatch):
     x, y, image_ids, text_ids = case(13, 10)
     loss = LOSSES[name]("sum").double()
     expected = whole(loss, x, y, image_ids.unsqueeze(1) == text_ids)
-    monkeypatch.setattr(_streamed, "TILE_ELEMENTS", 30)
+    monkeypatch.setattr(_streamed, "CPU_TILE", 30)
+    monkeypatch.setattr(_streamed, "LEAST_ROWS", 1)
     with Largest() as largest:
         actual = streamed(loss, x, y, image_ids=image_ids, text_ids=text_ids)
     assert_same(actual, expected, [x, y, *loss.parameters()])
     assert largest.numel <= 65  # the embeddings, 13 × 5
+
+
+@pytest.mark.parametrize(("others", "rows"), [(1024, 2048), (4096, 512), (2**16, 128)])
+def test_a_default_chunk_has_two_million_similarities_on_a_cpu_and_rows_for_a_fast_product(others, rows):
+    chunks = _streamed._chunks(slice(5, 5000), None, torch.empty(others, 1))
+    assert chunks[0] == slice(5, 5 + rows) and chunks[-1].stop == 5000
 
 
 @every_loss
@@ -484,6 +491,7 @@ X = torch.ones(4, 3)
     ({"chunk_size": 0}, ValueError, "chunk_size must be at least 1, got 0"),
     ({"chunk_size": 2.5}, TypeError, "chunk_size must be an int"),
     ({"normalize": 1}, TypeError, "normalize must be True or False"),
+    ({"exchange": 3}, TypeError, "exchange must be a hrem_layers.Exchange"),
     ({"image_rows": 3}, TypeError, "image_rows must be a slice"),
     ({"image_rows": slice(0.0, 4)}, ValueError, "image_rows must be a slice of step 1 within the 4 anchors"),
     ({"image_rows": slice(0, 5)}, ValueError, "image_rows must be a slice of step 1 within the 4 anchors"),

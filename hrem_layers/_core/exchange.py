@@ -56,17 +56,31 @@ class Exchange(Protocol):
         """The same for work that differs between processes: backward adds up what each of them makes of a row."""
         ...
 
-    def share_rows(self, side: str, x: Tensor) -> Tensor:
-        """(N, ...) for work that differs between processes: backward adds up, for the own rows. ``x`` is what
-        :meth:`gather_rows` gave, changed at most row by row."""
+    def own_rows(self, side: str, x: Tensor) -> Tensor:
+        """This process's rows (n, ...) of ``x`` (N, ...), for work that differs. ``x`` is what :meth:`gather_rows`
+        gave, changed at most row by row."""
         ...
 
-    def own_rows(self, side: str, x: Tensor) -> Tensor:
-        """This process's rows (n, ...) of such an ``x`` (N, ...), for work that differs."""
+    def share_rows(self, side: str, own: Tensor, x: Tensor) -> Tensor:
+        """What :meth:`gather_shared_rows` of ``own`` (n, ...) would give, where it is here already: the values of ``x``
+        (N, ...), the gradient to ``own``."""
+        ...
+
+    def remember(self, own: Tensor, x: Tensor) -> Exchange:
+        """One that knows ``own`` (n, ...) as this process's rows of ``x`` (N, ...): its :meth:`own_rows` hands them
+        back, and their gradient is then nowhere as large as ``x``. It holds both."""
+        ...
+
+    def forget(self) -> Exchange:
+        """One that holds no rows."""
         ...
 
     def add_up(self, x: Tensor) -> Tensor:
         """The sum over the processes of a scalar that each has a part of."""
+        ...
+
+    def add_up_rows(self, side: str, x: Tensor) -> Tensor:
+        """The sum over the processes of (N, ...) that each has a part of -> this process's rows (n, ...) of it."""
         ...
 
     def gather_pairs(self, i2t: Tensor, t2i: Tensor) -> tuple[Tensor, Tensor]:
@@ -107,13 +121,22 @@ class Alone:
     def gather_shared_rows(self, side: str, x: Tensor) -> Tensor:
         return x
 
-    def share_rows(self, side: str, x: Tensor) -> Tensor:
-        return x
-
     def own_rows(self, side: str, x: Tensor) -> Tensor:
         return x
 
+    def share_rows(self, side: str, own: Tensor, x: Tensor) -> Tensor:
+        return own
+
+    def remember(self, own: Tensor, x: Tensor) -> Exchange:
+        return self
+
+    def forget(self) -> Exchange:
+        return self
+
     def add_up(self, x: Tensor) -> Tensor:
+        return x
+
+    def add_up_rows(self, side: str, x: Tensor) -> Tensor:
         return x
 
     def gather_pairs(self, i2t: Tensor, t2i: Tensor) -> tuple[Tensor, Tensor]:
@@ -155,7 +178,8 @@ class Rows(NamedTuple):
 
     def own(self, x: Tensor) -> Tensor:
         """This process's of ``x`` (all rows, ...), which every process has, for work that differs."""
-        parts = x.split([total for _, total in self.totals])
+        # of one modality x as it is, which the exchange may know
+        parts = (x,) if len(self.totals) == 1 else x.split([total for _, total in self.totals])
         return _join([self.exchange.own_rows(side, part) for (side, _), part in zip(self.totals, parts, strict=True)])
 
     def gather(self, x: Tensor) -> Tensor:

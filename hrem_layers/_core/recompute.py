@@ -14,6 +14,12 @@ def saved_tensors_are_fixed() -> bool:
     return bool(torch._C._autograd._saved_tensors_hooks_get_disabled_error_message())
 
 
+def compute_twice(work: Callable[..., Tensor], *arguments: Tensor | tuple[Tensor, ...]) -> Tensor:
+    """``work(*arguments)``, of which only the arguments stay for the backward pass, also where it is traced."""
+    out: Tensor = checkpoint(work, *arguments, use_reentrant=False, preserve_rng_state=False)
+    return out
+
+
 def recompute(work: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """``work(x)``, of which nothing but ``x`` stays for the backward pass. ``work`` draws no random numbers and does
     not communicate on its way forward: the processes would not come to it in the same order.
@@ -23,7 +29,4 @@ def recompute(work: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     keeps = (
         torch.compiler.is_compiling() or not (torch.is_grad_enabled() and x.requires_grad) or saved_tensors_are_fixed()
     )
-    if keeps:
-        return work(x)
-    out: Tensor = checkpoint(work, x, use_reentrant=False, preserve_rng_state=False)
-    return out
+    return work(x) if keeps else compute_twice(work, x)

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from hrem_layers.alignment.candidates import _align_op, _dtypes, _prepare
+from hrem_layers.alignment.candidates import _CPU_CHUNK, _GPU_CHUNK, _align_op, _dtypes, _prepare
 
 
 class Part(NamedTuple):
@@ -45,6 +45,8 @@ def align_in_parts(
     """
     n, k = index.shape
     mean: Tensor | None = None
+    budget = _CPU_CHUNK if receiving.device.type == "cpu" else _GPU_CHUNK
+    at_once = max(1, budget // max(1, receiving[:1].numel()))  # rows, which are copied
     for part in parts:
         wide, dtype = _dtypes(receiving, part.fragments)
         if mean is None:
@@ -61,10 +63,11 @@ def align_in_parts(
         for count in counts.unique().tolist():
             if not count:
                 continue
-            rows = (counts == count).nonzero().squeeze(1)
-            mine = here[rows]
-            mask = None if receiving_mask is None else receiving_mask[rows]
-            found = _align_op(x[rows], y, mask, y_mask, place[rows][mine].view(-1, count), mode, topk, chunk_size)
-            mean[slots[rows][mine]], top[slots[rows][mine]] = found[0].flatten(), found[1].flatten(0, 1)
+            for rows in (counts == count).nonzero().squeeze(1).split(at_once):
+                mine = here[rows]
+                mask = None if receiving_mask is None else receiving_mask[rows]
+                found = _align_op(x[rows], y, mask, y_mask, place[rows][mine].view(-1, count), mode, topk, chunk_size)
+                mean[slots[rows][mine]], top[slots[rows][mine]] = found[0].flatten(), found[1].flatten(0, 1)
+        del y, y_mask  # before the next are fetched
     assert mean is not None, "there is a part at least"
     return mean.view(n, k), top.view(n, k, topk)

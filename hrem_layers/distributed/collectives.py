@@ -14,10 +14,13 @@ the gradients of the processes must add up to W · dL/dθ.
   W · dL/dc, complete. An image is in all blocks, so its owner must collect the parts: the backward pass of
   :func:`gather_shared` sums over the processes (a reduce-scatter), W · dL/dr. :func:`fetch` is the same where each
   process wants only some rows of the others, in an all-to-all there and back.
-- *Shared* work on what was gathered for replicated work (the embeddings): its parts come as W times what each process
-  makes of a row, but the gather multiplies by W once more. :func:`share` therefore adds up the parts and divides by W;
-  :func:`take_own`, for rows that nobody else looks at, only divides. A sum whose parts are shared, :func:`add_up`, is a
-  gather of scalars for replicated work.
+- *Shared* work on what was gathered for replicated work (the embeddings): :func:`share` lets its gradient pass the
+  gather by, straight to the owner's rows: the sum over the processes, as if they had been gathered for it. Where only
+  the gathered rows are at hand, :func:`take_own` divides by W, as the gather multiplies by W once more. A sum whose
+  parts are shared, :func:`add_up`, is a gather of scalars for replicated work.
+- The gradient of a streamed loss is known before its backward pass begins, but for a factor that all processes have
+  alike: :func:`add_up_rows` adds up the parts at once, and no process keeps more than its own rows of the sum. It is
+  what the backward pass of :func:`gather_shared` does; the gradient of each is the other.
 """
 
 from __future__ import annotations
@@ -77,10 +80,10 @@ def fetch(x: Tensor, path: Route) -> Tensor:
     return out
 
 
-def share(x: Tensor, sizes: tuple[int, ...]) -> Tensor:
-    """``x``, rows of :func:`gather_replicated`; what follows differs between the processes. Backward: in my slice the
-    sum over all, by W."""
-    out: Tensor = _Share.apply(x, sizes)  # type: ignore[no-untyped-call]
+def share(own: Tensor, x: Tensor, sizes: tuple[int, ...]) -> Tensor:
+    """``x``, the rows of all, of which ``own`` are mine; what follows differs between the processes. Backward, to
+    ``own``: my slice of the sum over all."""
+    out: Tensor = _Share.apply(own, x.detach(), sizes)  # type: ignore[no-untyped-call]
     return out
 
 
@@ -93,6 +96,12 @@ def take_own(x: Tensor, sizes: tuple[int, ...]) -> Tensor:
 def add_up(x: Tensor) -> Tensor:
     """The sum over the processes of a scalar. Backward: times W."""
     return gather_replicated(x.reshape(1), (1,) * dist.get_world_size()).sum()
+
+
+def add_up_rows(x: Tensor, sizes: tuple[int, ...]) -> Tensor:
+    """My rows of the sum over the processes. Backward: the rows of all."""
+    out: Tensor = _AddUpRows.apply(x, sizes)  # type: ignore[no-untyped-call]
+    return out
 
 
 def gather_constant(x: Tensor, sizes: tuple[int, ...]) -> Tensor:
@@ -147,7 +156,18 @@ class _GatherShared(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return _sum_of_mine(grad, ctx.sizes), None
+        return add_up_rows(grad, ctx.sizes), None
+
+
+class _AddUpRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, sizes: tuple[int, ...]) -> Tensor:
+        ctx.sizes = sizes
+        return _sum_of_mine(x, sizes)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return gather_shared(grad, ctx.sizes), None
 
 
 class _Fetch(torch.autograd.Function):
@@ -168,16 +188,13 @@ class _Fetch(torch.autograd.Function):
 
 class _Share(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, sizes: tuple[int, ...]) -> Tensor:
+    def forward(ctx: Any, own: Tensor, x: Tensor, sizes: tuple[int, ...]) -> Tensor:
         ctx.sizes = sizes
         return x.view_as(x)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        mine = _sum_of_mine(grad, ctx.sizes)
-        out = torch.zeros_like(grad)
-        out[own_rows(ctx.sizes, dist.get_rank())] = mine / len(ctx.sizes)
-        return out, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return add_up_rows(grad, ctx.sizes), None, None
 
 
 class _TakeOwn(torch.autograd.Function):

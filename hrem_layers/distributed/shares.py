@@ -9,8 +9,10 @@ from torch import Tensor
 from torch._compile import _disable_dynamo  # torch.compiler.disable would load the whole compiler with this module
 
 from hrem_layers._core.batch import Batch
+from hrem_layers._core.exchange import Exchange
 from hrem_layers.distributed.collectives import (
     add_up,
+    add_up_rows,
     fetch,
     gather_constant,
     gather_replicated,
@@ -39,6 +41,8 @@ class Shares(NamedTuple):
     image_masked: bool
     """Whether the global batch has an image mask: some process has one, or is padded."""
     text_masked: bool
+    known: tuple[tuple[Tensor, Tensor], ...] = ()
+    """This process's rows, each before the rows of all that were gathered of them."""
 
     @property
     def travels(self) -> str:
@@ -70,7 +74,7 @@ class Shares(NamedTuple):
     def parts(self, side: str, fragments: Tensor, index: Tensor) -> tuple[Tensor, ...] | None:
         wanted, own = index.unique(), self.own(side, 0)
         one = max(1, self._width(side) * fragments.shape[2])
-        most = max((own.stop - own.start) // 2, _LEAST.get(fragments.device.type, _LEAST_ELSEWHERE) // one, 1)
+        most = max((own.stop - own.start) // 4, _LEAST.get(fragments.device.type, _LEAST_ELSEWHERE) // one, 1)
         needed = torch.tensor([-(-len(wanted) // most)], device=index.device)
         number = int(gather_constant(needed, (1,) * len(self.image_sizes)).max())
         if number <= 1:
@@ -85,14 +89,26 @@ class Shares(NamedTuple):
     def gather_shared_rows(self, side: str, x: Tensor) -> Tensor:
         return gather_shared(x, self.sizes(side))
 
-    def share_rows(self, side: str, x: Tensor) -> Tensor:
-        return share(x, self.sizes(side))
-
     def own_rows(self, side: str, x: Tensor) -> Tensor:
+        for own, of_all in self.known:
+            if x is of_all:
+                return own
         return take_own(x, self.sizes(side))
+
+    def share_rows(self, side: str, own: Tensor, x: Tensor) -> Tensor:
+        return share(own, x, self.sizes(side))
+
+    def remember(self, own: Tensor, x: Tensor) -> Exchange:
+        return Shares(*self[:7], known=(*self.known, (own, x)))
+
+    def forget(self) -> Exchange:
+        return Shares(*self[:7])
 
     def add_up(self, x: Tensor) -> Tensor:
         return add_up(x)
+
+    def add_up_rows(self, side: str, x: Tensor) -> Tensor:
+        return add_up_rows(x, self.sizes(side))
 
     def gather_pairs(self, i2t: Tensor, t2i: Tensor) -> tuple[Tensor, Tensor]:
         texts_stay = self.travels == "image"
@@ -115,9 +131,9 @@ class Shares(NamedTuple):
         return self.image_width if side == "image" else self.text_width
 
 
-def gather_embeddings(batch: Batch, shares: Shares) -> Batch:
+def gather_embeddings(batch: Batch, shares: Shares) -> tuple[Batch, Exchange]:
     """The batch with the embeddings, ids and index of all processes, in rank order, for work that all of them
-    repeat; fragments and masks stay this process's own."""
+    repeat; fragments and masks stay this process's own. And the exchange that knows which embeddings were its own."""
     v, u = batch.image_embedding, batch.text_embedding
     if v.dtype == u.dtype and shares.image_sizes == shares.text_sizes:  # one collective for both
         v, u = gather_replicated(torch.cat([v, u], dim=1), shares.image_sizes).split(v.shape[1], dim=1)
@@ -129,4 +145,5 @@ def gather_embeddings(batch: Batch, shares: Shares) -> Batch:
     if index is not None:
         first = shares.own("image", 0).start
         index = gather_constant(index.to(torch.long) + first, shares.text_sizes)
-    return Batch(v, u, *batch[2:6], ids, index, batch.positives)
+    exchange = shares.remember(batch.image_embedding, v).remember(batch.text_embedding, u)
+    return Batch(v, u, *batch[2:6], ids, index, batch.positives), exchange

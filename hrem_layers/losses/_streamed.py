@@ -2,7 +2,7 @@
 
 A chunk of anchors is multiplied with the other side, its value and the gradient of its similarities are found in one
 go, and two more products turn this gradient into that of the embeddings before the next chunk is taken. What stays
-for the backward pass is as large as the embeddings.
+for the backward pass is as large as the embeddings; over several processes, which add it up at once, as this one's own.
 """
 
 from __future__ import annotations
@@ -13,16 +13,20 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from hrem_layers._core.checks import check_bool, check_int, check_sides, said
+from hrem_layers._core.exchange import Exchange, check_exchange
 from hrem_layers._core.numerics import autocast_off, compute_dtype, l2_normalize
+from hrem_layers._core.recompute import compute_twice
 from hrem_layers.losses._pairs import one_if_finite
 from hrem_layers.losses._positives import Positives, check_positive_pairs
 from hrem_layers.losses._rows import RowLoss, Ways, in_chunks
 
-TILE_ELEMENTS = 2**22
-"""Similarities in one chunk where the caller names no size: 16 MB in float32, enough rows for a fast product."""
+CPU_TILE, GPU_TILE = 2**21, 2**22
+"""Similarities in one chunk where the caller names no size: 8 and 16 MB in float32."""
+
+LEAST_ROWS = 128
+"""But no fewer rows than a fast product needs."""
 
 SPARSE = 64
 """Where fewer than one in so many similarities have a gradient, those are multiplied alone."""
@@ -35,6 +39,11 @@ class Plan(NamedTuple):
     rows: tuple[slice, slice]
     """Images and texts that are anchors here, both with a start and a stop."""
     chunk_size: int | None
+    exchange: Exchange
+    """Of the processes whose parts of the loss are added up."""
+
+
+SIDES = ("image", "text")
 
 
 def open_stream(
@@ -48,6 +57,7 @@ def open_stream(
     chunk_size: int | None,
     image_rows: slice | None,
     text_rows: slice | None,
+    exchange: Exchange,
 ) -> tuple[Tensor, Tensor, Plan]:
     """The arguments of ``from_embeddings``, checked; both embeddings in the dtype that is computed in."""
     dtype = streamed_dtype(image_embedding, text_embedding)
@@ -57,13 +67,14 @@ def open_stream(
             raise ValueError(f"{name} must hold at least 1 item, got an empty batch")
     pairs = check_positive_pairs(n, m, device, image_ids=image_ids, text_ids=text_ids, positives=positives)
     check_bool("normalize", normalize)
+    check_exchange("exchange", exchange)
     if chunk_size is not None and not torch.compiler.is_compiling():
         check_int("chunk_size", chunk_size, minimum=1)
     rows = (_check_rows("image_rows", image_rows, n), _check_rows("text_rows", text_rows, m))
     x, y = image_embedding.to(dtype), text_embedding.to(dtype)
     if normalize:
         x, y = l2_normalize(x), l2_normalize(y)
-    return x, y, Plan(pairs, rows, chunk_size)
+    return x, y, Plan(pairs, rows, chunk_size, exchange)
 
 
 def streamed_dtype(image_embedding: Tensor, text_embedding: Tensor) -> torch.dtype:
@@ -100,19 +111,22 @@ def streamed_sum(
     Returns:
         A scalar; NaN where a similarity that was looked at, or one of ``shared`` is not finite.
     """
+    exchange = plan.exchange
     with autocast_off(x.device):
         if torch.compiler.is_compiling():
-            total = _by_autograd(loss, x, y, plan, ways, shared, recompute=True)
-            finite = x.new_ones(())
+            x = exchange.share_rows("image", exchange.own_rows("image", x), x)
+            y = exchange.share_rows("text", exchange.own_rows("text", y), y)
+            total, finite = _by_autograd(loss, x, y, plan, ways, shared, recompute=True), x.new_ones(())
         elif not (torch.is_grad_enabled() and any(t.requires_grad for t in (x, y, *shared))):
             total, finite = _in_chunks(loss, x, y, plan, ways, shared, grads=None)
         else:
-            total, finite, *_ = _StreamedSum.apply(loss, plan, ways, x, y, *shared)  # type: ignore[no-untyped-call]
+            own = exchange.own_rows("image", x), exchange.own_rows("text", y)
+            total, finite, *_ = _StreamedSum.apply(loss, plan, ways, x.detach(), y.detach(), *own, *shared)  # type: ignore[no-untyped-call]
     return total * (finite * one_if_finite(*shared) if shared else finite)
 
 
-def _chunks(rows: slice, chunk_size: int | None, width: int) -> list[slice]:
-    size = chunk_size or max(1, TILE_ELEMENTS // width)
+def _chunks(rows: slice, chunk_size: int | None, others: Tensor) -> list[slice]:
+    size = chunk_size or max(LEAST_ROWS, (CPU_TILE if others.device.type == "cpu" else GPU_TILE) // len(others))
     return [slice(start, min(start + size, rows.stop)) for start in range(rows.start, rows.stop, size)]
 
 
@@ -125,7 +139,7 @@ def _in_chunks(
     total, finite = x.new_zeros((), dtype=x.dtype), x.new_ones(())
     for way, per_row in enumerate(ways):
         anchors, others = sides[way], sides[1 - way]
-        for here in _chunks(plan.rows[way], plan.chunk_size, others.shape[0]):
+        for here in _chunks(plan.rows[way], plan.chunk_size, others):
             own = anchors[here]
             s, flags = own @ others.t(), plan.positives.rows(way, here)
             finite = finite * one_if_finite(s)
@@ -136,6 +150,7 @@ def _in_chunks(
             of_s = torch.empty_like(s)
             total += in_chunks(loss, s, flags, per_anchor, shared, grads=(of_s, *grads[2:]))
             _add_products(of_s, own, others, grads[way][here], grads[1 - way])
+            del s, of_s, flags  # before the next are made
     return total, finite
 
 
@@ -165,27 +180,33 @@ def _by_autograd(
         s = own @ others.t()
         return loss(s, flags, *per_anchor, *shared) * one_if_finite(s)
 
-    run = partial(checkpoint, chunk, use_reentrant=False, preserve_rng_state=False) if recompute else chunk
+    run = partial(compute_twice, chunk) if recompute else chunk
     total = x.new_zeros(())
     for way, per_row in enumerate(ways):
         anchors, others = (x, y) if not way else (y, x)
-        for here in _chunks(plan.rows[way], plan.chunk_size, others.shape[0]):
+        for here in _chunks(plan.rows[way], plan.chunk_size, others):
             flags, per_anchor = plan.positives.rows(way, here), tuple(t[here] for t in per_row)
             total = total + run(anchors[here], others, flags, per_anchor, *shared)
     return total
 
 
 class _StreamedSum(torch.autograd.Function):
-    """The sum, with the gradient found on the way. A second derivative is that of autograd, which keeps all chunks."""
+    """The sum, with the gradient found on the way and, for this process's own rows, added up over the processes. A
+    second derivative is that of autograd, which keeps all chunks."""
 
     @staticmethod
-    def forward(loss: RowLoss, plan: Plan, ways: Ways, x: Tensor, y: Tensor, *shared: Tensor) -> tuple[Tensor, ...]:
+    def forward(
+        loss: RowLoss, plan: Plan, ways: Ways, x: Tensor, y: Tensor, own_x: Tensor, own_y: Tensor, *shared: Tensor
+    ) -> tuple[Tensor, ...]:
         grads = tuple(torch.zeros_like(t) for t in (x, y, *shared))
-        return *_in_chunks(loss, x, y, plan, ways, shared, grads), *grads
+        total, finite = _in_chunks(loss, x, y, plan, ways, shared, grads)
+        of_own = (plan.exchange.add_up_rows(side, grad) for side, grad in zip(SIDES, grads[:2], strict=True))
+        return total, finite, *of_own, *grads[2:]
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.loss, ctx.plan, ctx.ways, *tensors = inputs
+        ctx.loss, plan, ctx.ways, _, _, *tensors = inputs
+        ctx.plan = plan._replace(exchange=plan.exchange.forget())  # what is kept is no longer than the own rows
         ctx.mark_non_differentiable(*output[1:])
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*output[2:], *tensors)
@@ -194,12 +215,13 @@ class _StreamedSum(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         saved = ctx.saved_tensors  # read once: under activation checkpointing a second look is an error
         known, tensors = saved[: len(saved) // 2], saved[len(saved) // 2 :]
+        nothing = (None,) * 5
         if grad is None:
-            return (None,) * (3 + len(tensors))
+            return *nothing, *(None for _ in tensors)
         if not torch.is_grad_enabled():
-            return None, None, None, *(grad * x for x in known)
+            return *nothing, *(grad * x for x in known)
         leaves = [x for x in tensors if x.requires_grad]  # create_graph=True
-        x, y, *shared = tensors
-        value = _by_autograd(ctx.loss, x, y, ctx.plan, ctx.ways, tuple(shared), recompute=False)
+        x, y = (ctx.plan.exchange.gather_shared_rows(side, own) for side, own in zip(SIDES, tensors, strict=False))
+        value = _by_autograd(ctx.loss, x, y, ctx.plan, ctx.ways, tensors[2:], recompute=False)
         found = iter(torch.autograd.grad(value, leaves, grad, create_graph=True))
-        return None, None, None, *(next(found) if x.requires_grad else None for x in tensors)
+        return *nothing, *(next(found) if x.requires_grad else None for x in tensors)

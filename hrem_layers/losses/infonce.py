@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from hrem_layers._core.checks import check_bool, check_choice, check_tensor
+from hrem_layers._core.exchange import ALONE, Exchange
 from hrem_layers.losses._pairs import REDUCTIONS, as_bytes, check_constant, check_pairs, one_if_finite
 from hrem_layers.losses._rows import RowLoss, sum_over_anchors
 from hrem_layers.losses._scale import check_shared, check_temperature, clamp_own, log_of_inverse, scale_of, share
@@ -57,6 +58,7 @@ def streamed_info_nce_loss(
     chunk_size: int | None = None,
     image_rows: slice | None = None,
     text_rows: slice | None = None,
+    exchange: Exchange = ALONE,
 ) -> Tensor:
     """:func:`info_nce_loss` from embeddings, without the similarity in memory; arguments and errors as for
     :meth:`InfoNCELoss.from_embeddings <hrem_layers.InfoNCELoss.from_embeddings>`.
@@ -71,7 +73,7 @@ def streamed_info_nce_loss(
     check_choice("reduction", reduction, REDUCTIONS)
     x, y, plan = open_stream(
         image_embedding, text_embedding, image_ids=image_ids, text_ids=text_ids, positives=positives,
-        normalize=normalize, chunk_size=chunk_size, image_rows=image_rows, text_rows=text_rows,
+        normalize=normalize, chunk_size=chunk_size, image_rows=image_rows, text_rows=text_rows, exchange=exchange,
     )  # fmt: skip
     row_loss, shared = _with_scale(scale, x)
     ways = []
@@ -228,6 +230,7 @@ class InfoNCELoss(nn.Module):
         chunk_size: int | None = None,
         image_rows: slice | None = None,
         text_rows: slice | None = None,
+        exchange: Exchange = ALONE,
     ) -> Tensor:
         """The loss of the cosines of two sets of embeddings, a few anchors at a time: equal to the loss of the whole
         similarity in value and gradient up to rounding, in memory that grows as N + M.
@@ -242,12 +245,14 @@ class InfoNCELoss(nn.Module):
             normalize: False: similarities are the products of the rows as they are, which is the same for rows of
                 length 1.
             chunk_size: anchors at a time; their similarities are what is in memory, chunk_size · max(N, M). None =
-                about 4 million similarities.
+                about 2 million similarities on a CPU, 4 million elsewhere, and 128 anchors at least.
             image_rows: the images that are anchors here, a slice of step 1 in [0, N]; None = all. The loss is a sum
                 over anchors: those of several calls whose ``image_rows`` and ``text_rows`` together are all images
                 and all texts add up to the whole loss, and so do their gradients. ``"mean"`` divides by the numbers
                 of the whole.
             text_rows: likewise the texts, in [0, M].
+            exchange: of several processes, each of which calls this with the embeddings of all and rows of its own, and
+                adds up the losses by ``exchange.add_up``. The gradients are added up here.
 
         Returns:
             A scalar, float32 or better.
@@ -259,7 +264,7 @@ class InfoNCELoss(nn.Module):
         return streamed_info_nce_loss(
             image_embedding, text_embedding, image_ids=image_ids, text_ids=text_ids, positives=positives,
             scale=scale, reduction=self.reduction, normalize=normalize, chunk_size=chunk_size,
-            image_rows=image_rows, text_rows=text_rows,
+            image_rows=image_rows, text_rows=text_rows, exchange=exchange,
         )  # fmt: skip
 
     def _scale(self, dtype: torch.dtype, device: torch.device) -> float | Tensor:

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hrem_layers._core.checks import check_bool, check_choice, check_number, check_tensor
+from hrem_layers._core.exchange import ALONE, Exchange
 from hrem_layers.losses._pairs import REDUCTIONS, as_bytes, check_constant, check_pairs, one_if_finite
 from hrem_layers.losses._rows import sum_over_anchors
 from hrem_layers.losses._scale import as_number, check_shared, check_temperature, scale_of, share
@@ -65,6 +66,7 @@ def streamed_sigmoid_loss(
     chunk_size: int | None = None,
     image_rows: slice | None = None,
     text_rows: slice | None = None,
+    exchange: Exchange = ALONE,
 ) -> Tensor:
     """:func:`sigmoid_loss` from embeddings, without the similarity in memory; arguments and errors as for
     :meth:`SigmoidLoss.from_embeddings <hrem_layers.SigmoidLoss.from_embeddings>`.
@@ -79,7 +81,7 @@ def streamed_sigmoid_loss(
     check_choice("reduction", reduction, REDUCTIONS)
     x, y, plan = open_stream(
         image_embedding, text_embedding, image_ids=image_ids, text_ids=text_ids, positives=positives,
-        normalize=normalize, chunk_size=chunk_size, image_rows=image_rows, text_rows=text_rows,
+        normalize=normalize, chunk_size=chunk_size, image_rows=image_rows, text_rows=text_rows, exchange=exchange,
     )  # fmt: skip
     loss = streamed_sum(_row_loss, x, y, plan, ways=((),), shared=_numbers(scale, bias, x))
     return loss / max(x.shape[0], y.shape[0]) if reduction == "mean" else loss
@@ -225,6 +227,7 @@ class SigmoidLoss(nn.Module):
         chunk_size: int | None = None,
         image_rows: slice | None = None,
         text_rows: slice | None = None,
+        exchange: Exchange = ALONE,
     ) -> Tensor:
         """The loss of the cosines of two sets of embeddings, a few images at a time: arguments, result and errors as
         for :meth:`InfoNCELoss.from_embeddings <hrem_layers.InfoNCELoss.from_embeddings>`.
@@ -236,7 +239,7 @@ class SigmoidLoss(nn.Module):
         return streamed_sigmoid_loss(
             image_embedding, text_embedding, image_ids=image_ids, text_ids=text_ids, positives=positives,
             scale=scale, bias=bias, reduction=self.reduction, normalize=normalize, chunk_size=chunk_size,
-            image_rows=image_rows, text_rows=text_rows,
+            image_rows=image_rows, text_rows=text_rows, exchange=exchange,
         )  # fmt: skip
 
     def _scale_and_bias(self, dtype: torch.dtype, device: torch.device) -> tuple[float | Tensor, float | Tensor]:

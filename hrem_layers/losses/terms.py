@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -47,8 +48,13 @@ class Pairs(NamedTuple):
         positives, exchange = self._positives(), self.exchange
         if isinstance(exchange, Alone):
             return check_scalar(name, stream(image, text, normalize=False, **positives), image.device)
-        own = {f"{side}_rows": exchange.own(side, x.shape[0]) for side, x in (("image", image), ("text", text))}
-        image, text = exchange.share_rows("image", image), exchange.share_rows("text", text)
+        own: dict[str, object] = {"image_rows": exchange.own("image", image.shape[0])}
+        own["text_rows"] = exchange.own("text", text.shape[0])
+        if "exchange" in inspect.signature(stream).parameters:
+            own["exchange"] = exchange
+        else:  # of the caller's own, which finds gradients for all rows
+            image = exchange.share_rows("image", exchange.own_rows("image", image), image)
+            text = exchange.share_rows("text", exchange.own_rows("text", text), text)
         return exchange.add_up(
             check_scalar(name, stream(image, text, normalize=False, **positives, **own), image.device)
         )

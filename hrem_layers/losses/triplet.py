@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from hrem_layers._core.checks import check_tensor, said
+from hrem_layers._core.exchange import ALONE, Exchange
 from hrem_layers.losses._pairs import check_pairs, one_if_finite
 from hrem_layers.losses._rows import Ways, sum_over_anchors
 from hrem_layers.losses._streamed import open_stream, streamed_sum
@@ -76,6 +77,7 @@ def streamed_triplet_loss(
     chunk_size: int | None = None,
     image_rows: slice | None = None,
     text_rows: slice | None = None,
+    exchange: Exchange = ALONE,
 ) -> Tensor:
     """:func:`triplet_loss` from embeddings, without the similarity in memory; arguments and errors as for
     :meth:`TripletLoss.from_embeddings <hrem_layers.TripletLoss.from_embeddings>`.
@@ -96,7 +98,7 @@ def streamed_triplet_loss(
         )
     x, y, plan = open_stream(
         image_embedding, text_embedding, image_ids=image_ids, text_ids=text_ids, positives=positives,
-        normalize=normalize, chunk_size=chunk_size, image_rows=image_rows, text_rows=text_rows,
+        normalize=normalize, chunk_size=chunk_size, image_rows=image_rows, text_rows=text_rows, exchange=exchange,
     )  # fmt: skip
     noise = _noise(noise, negative_sampling, x.shape[0], y.shape[0], x)
     options = {"cutoff": cutoff, "nonzero_cutoff": nonzero_cutoff, "weight_dim": weight_dim}
@@ -255,6 +257,7 @@ class TripletLoss(nn.Module):
         chunk_size: int | None = None,
         image_rows: slice | None = None,
         text_rows: slice | None = None,
+        exchange: Exchange = ALONE,
     ) -> Tensor:
         """The loss of the cosines of two sets of embeddings, a few anchors at a time: arguments and result as for
         :meth:`InfoNCELoss.from_embeddings <hrem_layers.InfoNCELoss.from_embeddings>`.
@@ -276,5 +279,5 @@ class TripletLoss(nn.Module):
             image_embedding, text_embedding, image_ids=image_ids, text_ids=text_ids, positives=positives,
             margin=self.margin, negative_sampling=cast(str, self.negative_sampling), cutoff=self.cutoff,
             nonzero_cutoff=self.nonzero_cutoff, weight_dim=self.weight_dim, reduction=self.reduction, noise=noise,
-            normalize=normalize, chunk_size=chunk_size, image_rows=image_rows, text_rows=text_rows,
+            normalize=normalize, chunk_size=chunk_size, image_rows=image_rows, text_rows=text_rows, exchange=exchange,
         )  # fmt: skip

@@ -10,11 +10,24 @@ from hrem_layers._core.numerics import autocast_off, l2_normalize, tie_tolerance
 
 # similarities held at one time
 _CPU_CHUNK, _GPU_CHUNK = 2**21, 2**26
+# numbers of rows that are normalised at one time
+_UNITS_CHUNK = 2**19
 
 
 def exact_units(embedding: Tensor) -> Tensor:
-    """Rows of length 1 in float64 where the device has it: near 1 a distance needs what float32 rounds away."""
-    return l2_normalize(embedding.to(torch.float32 if embedding.device.type == "mps" else torch.float64))
+    """Rows of length 1 in float64 where the device has it: near 1 a distance needs what float32 rounds away.
+
+    Without a gradient some rows at a time: the steps' copies of all would be as large as the result.
+    """
+    dtype = torch.float32 if embedding.device.type == "mps" else torch.float64
+    rows = max(1, _UNITS_CHUNK // max(1, embedding.shape[1]))
+    kept = torch.compiler.is_compiling() or (embedding.requires_grad and torch.is_grad_enabled())
+    if kept or embedding.shape[0] <= rows:
+        return l2_normalize(embedding.to(dtype))
+    out = embedding.new_empty(embedding.shape, dtype=dtype)
+    for start in range(0, embedding.shape[0], rows):
+        out[start : start + rows] = l2_normalize(embedding[start : start + rows].to(dtype))
+    return out
 
 
 def edge_cosines(x: Tensor, y: Tensor, index: Tensor) -> Tensor:
