@@ -384,7 +384,7 @@ class HREMLoss(nn.Module):
         else:
             idle.append(self.cross_pair_loss)
         if self.regularization_weight:
-            regularize = cast(Callable[..., Tensor], self.graph.regularization)
+            regularize = cast("Callable[..., Tensor]", self.graph.regularization)
             kind = type(self.graph._modules.get("_orig_mod", self.graph))  # what torch.compile(graph) holds
             known = getattr(kind, "regularization", None) is AssociationGraph.regularization
             regularization = regularize(graph if known else _whole(graph), v, u, cosines=cosines)
