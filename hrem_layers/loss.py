@@ -306,8 +306,9 @@ class HREMLoss(nn.Module):
 
     def _pairs(self, batch: Batch, exchange: Exchange) -> Pairs:
         uses_lists = getattr(self.graph, "uses_lists", None)
-        lists = callable(uses_lists) and bool(uses_lists(*(x.shape[0] for x in batch[:2])))
-        return Pairs(batch, lists, exchange)
+        if callable(uses_lists) and uses_lists(*(x.shape[0] for x in batch[:2])):
+            return Pairs(batch, True, exchange)
+        return Pairs(batch, False, exchange)  # not bool(...): PyTorch 2.5 traces none of a comparison of sizes
 
     def _graph(self, pairs: Pairs, cosines: Cosines | None) -> AnyGraph:
         batch = pairs.batch

@@ -98,7 +98,7 @@ def align_fragments(
         check_bool_tensor("image_mask", image_mask, (i, r), device=image_fragments.device)
     if text_mask is not None:
         check_bool_tensor("text_mask", text_mask, (t, w), device=image_fragments.device)
-    if min(r, w, d) < 1:
+    if r < 1 or w < 1 or d < 1:
         raise ValueError(
             f"image_fragments and text_fragments must be at least 1 wide, got R = {r}, W = {w} and D = {d}"
         )

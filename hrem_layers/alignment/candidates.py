@@ -83,7 +83,7 @@ def align_candidates(
     check_tensor("receiving", receiving, ("N", "M", "D"))
     n, m, d = receiving.shape
     check_tensor("giving", giving, ("C", "G", d), device=receiving.device)
-    if min(m, giving.shape[1], d) < 1:
+    if m < 1 or giving.shape[1] < 1 or d < 1:
         raise ValueError(
             f"receiving and giving must be at least 1 wide, got {m} and {giving.shape[1]} fragments and D = {d}"
         )
