@@ -99,8 +99,10 @@ def test_distance_weights(size, dtype):
         ours = distance_log_weights(s, p, **triplet_of(z)).softmax(dim=1)[p.nonzero()[:, 0]]
         # the release adds an epsilon to its normaliser, so that a row of small weights does not sum to 1
         recorded = z[f"{name}_pair_weights"]
-        # log w is in the hundreds: its float32 rounding, which differs between processors, alone moves w by 1e-5
-        assert_near(ours, recorded / recorded.sum(dim=1, keepdim=True), 1e-4, name)
+        # log w is a difference of large terms: its float32 rounding alone moves the recorded w by 1e-5, and on another
+        # processor than the record's our own w by as much again
+        tolerance = 2 * VALUE if dtype == torch.float32 else 1e-4
+        assert_near(ours, recorded / recorded.sum(dim=1, keepdim=True), tolerance, name)
 
 
 def test_triplet_with_the_most_likely_negative(size, dtype):
