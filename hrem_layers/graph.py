@@ -348,7 +348,7 @@ class AssociationGraph(nn.Module):
             across(found[1], t2i, n, None if excluded is None else ~pairs_at(turn_pairs(excluded), t2i, texts)),
             t2t,
             excluded,
-            None if isinstance(exchange, Alone) else exchange,
+            None if alone else exchange,
         )
 
     @property

@@ -149,6 +149,11 @@ class Alone:
 ALONE: Exchange = Alone()
 
 
+def share_gathered(exchange: Exchange, side: str, x: Tensor) -> Tensor:
+    """``x`` (N, ...), which ``exchange.gather_rows`` gave, for work that differs: the gradient goes to the own rows."""
+    return exchange.share_rows(side, exchange.own_rows(side, x), x)
+
+
 def check_exchange(name: str, exchange: object) -> None:
     if not callable(getattr(exchange, "own", None)):
         raise TypeError(f"{name} must be a hrem_layers.Exchange, ALONE for one process, got {said(exchange)}")

@@ -99,10 +99,10 @@ class Shares(NamedTuple):
         return share(own, x, self.sizes(side))
 
     def remember(self, own: Tensor, x: Tensor) -> Exchange:
-        return Shares(*self[:7], known=(*self.known, (own, x)))
+        return Shares(*self[:-1], known=(*self.known, (own, x)))
 
     def forget(self) -> Exchange:
-        return Shares(*self[:7])
+        return Shares(*self[:-1])
 
     def add_up(self, x: Tensor) -> Tensor:
         return add_up(x)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from hrem_layers._core.checks import check_bool, check_int, check_sides, said
-from hrem_layers._core.exchange import Exchange, check_exchange
+from hrem_layers._core.exchange import Exchange, check_exchange, share_gathered
 from hrem_layers._core.numerics import autocast_off, compute_dtype, l2_normalize
 from hrem_layers._core.recompute import compute_twice
 from hrem_layers.losses._pairs import one_if_finite
@@ -114,8 +114,7 @@ def streamed_sum(
     exchange = plan.exchange
     with autocast_off(x.device):
         if torch.compiler.is_compiling():
-            x = exchange.share_rows("image", exchange.own_rows("image", x), x)
-            y = exchange.share_rows("text", exchange.own_rows("text", y), y)
+            x, y = share_gathered(exchange, "image", x), share_gathered(exchange, "text", y)
             total, finite = _by_autograd(loss, x, y, plan, ways, shared, recompute=True), x.new_ones(())
         elif not (torch.is_grad_enabled() and any(t.requires_grad for t in (x, y, *shared))):
             total, finite = _in_chunks(loss, x, y, plan, ways, shared, grads=None)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hrem_layers._core.batch import Batch, find_positives, pair_ids
 from hrem_layers._core.checks import DTYPES, describe, said
-from hrem_layers._core.exchange import ALONE, Alone, Exchange
+from hrem_layers._core.exchange import ALONE, Alone, Exchange, share_gathered
 from hrem_layers._core.numerics import cosine_matrix
 
 PairLoss = Callable[[Tensor, Tensor], Tensor]
@@ -48,13 +48,12 @@ class Pairs(NamedTuple):
         positives, exchange = self._positives(), self.exchange
         if isinstance(exchange, Alone):
             return check_scalar(name, stream(image, text, normalize=False, **positives), image.device)
-        own: dict[str, object] = {"image_rows": exchange.own("image", image.shape[0])}
-        own["text_rows"] = exchange.own("text", text.shape[0])
+        sides = ("image", image), ("text", text)
+        own: dict[str, object] = {f"{side}_rows": exchange.own(side, x.shape[0]) for side, x in sides}
         if "exchange" in inspect.signature(stream).parameters:
             own["exchange"] = exchange
         else:  # of the caller's own, which finds gradients for all rows
-            image = exchange.share_rows("image", exchange.own_rows("image", image), image)
-            text = exchange.share_rows("text", exchange.own_rows("text", text), text)
+            image, text = (share_gathered(exchange, side, x) for side, x in sides)
         return exchange.add_up(
             check_scalar(name, stream(image, text, normalize=False, **positives, **own), image.device)
         )
