@@ -10,13 +10,24 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def dense(images: Tensor, texts: Tensor, text_mask: Tensor, topk: int = 10, mode: str = "cosine") -> tuple[Tensor, ...]:
-    """All similarities at once, padding masked. images (I, R, D), texts (T, W, D), text_mask (T, W) bool."""
+def dense(
+    images: Tensor,
+    texts: Tensor,
+    text_mask: Tensor,
+    topk: int = 10,
+    mode: str = "cosine",
+    *,
+    image_mask: Tensor | None = None,
+) -> tuple[Tensor, ...]:
+    """All similarities at once, padding masked. images (I, R, D), texts (T, W, D), text_mask (T, W) and image_mask
+    (I, R; not with mode "scan") bool."""
     images = F.normalize(images, dim=-1)
     texts = F.normalize(texts.masked_fill(~text_mask.unsqueeze(-1), 0), dim=-1)
     s = torch.einsum("ird,twd->itrw", images, texts)
     real = text_mask[None, :, None, :]
     to_word, to_region = _scaled(s, 3, 2, mode)
+    if image_mask is not None:
+        to_word = to_word.masked_fill(~image_mask[:, None, :, None], -torch.inf)
     per_word = to_word.amax(dim=2)  # [i, t, w]
     per_region = to_region.masked_fill(~real, -torch.inf).amax(dim=3)  # [i, t, r]
     count = text_mask.sum(dim=1)
@@ -24,8 +35,14 @@ def dense(images: Tensor, texts: Tensor, text_mask: Tensor, topk: int = 10, mode
     k = min(topk, texts.shape[1])
     top_t2i = per_word.masked_fill(~text_mask, -torch.inf).topk(k, dim=2).values
     top_t2i = top_t2i.masked_fill(torch.arange(k, device=count.device) >= count[None, :, None], 0)
-    top_i2t = per_region.topk(min(topk, images.shape[1]), dim=2).values
-    return per_region.mean(dim=2), mean_t2i.t(), top_i2t, top_t2i.transpose(0, 1)
+    k = min(topk, images.shape[1])
+    if image_mask is None:
+        return per_region.mean(dim=2), mean_t2i.t(), per_region.topk(k, dim=2).values, top_t2i.transpose(0, 1)
+    regions, count = image_mask.unsqueeze(1), image_mask.sum(dim=1, keepdim=True)
+    mean_i2t = per_region.masked_fill(~regions, 0).sum(dim=2) / count
+    top_i2t = per_region.masked_fill(~regions, -torch.inf).topk(k, dim=2).values
+    top_i2t = top_i2t.masked_fill(torch.arange(k, device=count.device) >= count.unsqueeze(-1), 0)
+    return mean_i2t, mean_t2i.t(), top_i2t, top_t2i.transpose(0, 1)
 
 
 def per_caption(

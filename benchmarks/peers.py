@@ -47,10 +47,10 @@ def maxsim(images: Tensor, texts: Tensor, text_mask: Tensor) -> Tensor:
     return (scores * text_mask.unsqueeze(1)).sum(dim=-1)
 
 
-def with_gradients(images: Tensor, texts: Tensor, score: Callable[[Tensor, Tensor], Tensor]) -> Work:
+def with_gradients(images: Tensor, texts: Tensor, score: Callable[[Tensor, Tensor], tuple[Tensor, ...]]) -> Work:
     def run() -> None:
         leaves = images.clone().requires_grad_(), texts.clone().requires_grad_()
-        score(*leaves).sum().backward()
+        sum(x.sum() for x in score(*leaves)).backward()
 
     return run
 
@@ -78,9 +78,33 @@ def alignments(batch: Batch) -> Iterator[Comparison]:
     yield Comparison(
         f"MaxSim with gradients, {size}", "PyLate's way in PyTorch", None,
         lambda: (
-            with_gradients(images, texts, lambda r, c: maxsim(r, c, mask)),
-            with_gradients(images, texts, lambda r, c: align_fragments(r, c, None, mask).mean_t2i),
+            with_gradients(images, texts, lambda r, c: (maxsim(r, c, mask),)),
+            with_gradients(images, texts, lambda r, c: (align_fragments(r, c, None, mask).mean_t2i,)),
         ),
+    )  # fmt: skip
+
+
+def ragged_alignments(n: int, dim: int) -> Iterator[Comparison]:
+    """Images have 20 to 36 regions each, as after VSE-infinity's size augmentation."""
+    batch = make_batch(**{**RELEASE, "n": n, "dim": dim})
+    images, texts, text_mask = batch.image_fragments, batch.text_fragments, batch.text_mask
+    most = images.shape[1]
+    lengths = torch.randint(20, most + 1, (n, 1), generator=torch.Generator().manual_seed(1))
+    mask = torch.arange(most) < lengths
+
+    def theirs(r: Tensor, c: Tensor) -> tuple[Tensor, ...]:
+        return dense(r, c, text_mask, image_mask=mask)
+
+    def ours(r: Tensor, c: Tensor) -> tuple[Tensor, ...]:
+        return align_fragments(r, c, mask, text_mask)
+
+    work, peer = f"alignment, images with a mask{{}}, N = {n}, D = {dim}", "all pairs at once, masked"
+    yield Comparison(
+        work.format(""), peer, None, lambda: (lambda: theirs(images, texts), lambda: ours(images, texts)),
+    )  # fmt: skip
+    yield Comparison(
+        work.format(", with gradients"), peer, None,
+        lambda: (with_gradients(images, texts, theirs), with_gradients(images, texts, ours)),
     )  # fmt: skip
 
 
@@ -146,6 +170,7 @@ def main() -> None:
     batch = make_batch(**{**RELEASE, **({"n": 32, "dim": 256} if quick else {})})
     comparisons = [
         *alignments(batch),
+        *(each for n in ([16] if quick else [16, 32, 64, 128]) for each in ragged_alignments(n, 256)),
         *(each for n in ([256] if quick else [128, 512, 1024, 2048, 4096]) for each in losses(n, 256)),
         *retrieval(*((100, 256) if quick else (1000, 1024))),
         *sampling(*((5_000, 50) if quick else (29_000, 453))),

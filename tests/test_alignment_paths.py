@@ -11,6 +11,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -60,6 +61,12 @@ def by_loop(images, texts, image_mask, text_mask, grad, mode, topk):
     return [*(x.detach() for x in scores), *torch.autograd.grad(total, (images, texts))]
 
 
+def recorded_sides(monkeypatch):
+    sides, make_side = [], tiling.make_side
+    monkeypatch.setattr(tiling, "make_side", lambda *a, **k: sides.append(make_side(*a, **k)) or sides[-1])
+    return sides
+
+
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize(("n", "r"), [(64, 1), (33, 3), (70, 4), (32, 36)])
 @pytest.mark.parametrize("masked", [False, True])
@@ -73,9 +80,7 @@ def test_images_that_stand_region_by_region_give_what_the_loops_give(monkeypatch
     shapes = (n, t), (t, n), (n, t, topk), (t, n, topk)
     grad = Scores(*(torch.randn(shape, generator=g, dtype=torch.float64) for shape in shapes))
     case = images, texts, None, mask, grad
-    sides = []
-    make_side = tiling.make_side
-    monkeypatch.setattr(tiling, "make_side", lambda *a, **k: sides.append(make_side(*a, **k)) or sides[-1])
+    sides = recorded_sides(monkeypatch)
     expected = by_loop(*case, mode, topk)
     for kept in (0, 2**16):
         got = tiled(*case, mode=mode, topk=topk, packed=True, chunk_size=None, kept=kept)
@@ -99,12 +104,47 @@ def check(actual, expected, tolerance):
 @settings(max_examples=60, deadline=None)
 @given(
     case=cases(4, 6, 5), packed=st.booleans(), chunk_size=st.none() | st.integers(1, 20),
-    kept=st.sampled_from([0, 7, 60, 5000]),
+    kept=st.sampled_from([0, 7, 60, 5000]), least_block=st.sampled_from([1, 10, 50, 2**16]),
 )  # fmt: skip
-def test_tiles_are_the_loop(case, packed, chunk_size, kept):
+def test_tiles_are_the_loop(case, packed, chunk_size, kept, least_block):
     tensors, mode, topk = case
     options = {"mode": mode, "topk": topk, "packed": packed, "chunk_size": chunk_size, "kept": kept}
-    check(tiled(*tensors, **options), by_loop(*tensors, mode, topk), 1e-8)
+    with mock.patch.object(tiling, "_CPU_LEAST_BLOCK", least_block):
+        check(tiled(*tensors, **options), by_loop(*tensors, mode, topk), 1e-8)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("least_block", [1, 2**16])
+def test_regions_that_tie_share_evenly_however_the_images_are_put_together(monkeypatch, mode, least_block):
+    """What fills up a run is a fragment again, which must not count twice where values tie."""
+    monkeypatch.setattr(tiling, "_CPU_LEAST_BLOCK", least_block)
+    g = torch.Generator().manual_seed(0)
+    images, texts = (torch.randn(3, 4, 5, generator=g, dtype=torch.float64) for _ in range(2))
+    images[:, 1], texts[:, 1] = images[:, 0], texts[:, 0]
+    masks = [torch.arange(4) < torch.tensor(lengths)[:, None] for lengths in ([2, 3, 4], [2, 4, 2])]
+    grad = Scores(*(torch.randn(shape, generator=g, dtype=torch.float64) for shape in [(3, 3)] * 2 + [(3, 3, 2)] * 2))
+    case = images, texts, *masks, grad
+    got = tiled(*case, mode=mode, topk=2, packed=True, chunk_size=None, kept=10_000)
+    check(got, by_loop(*case, mode, 2), 1e-12)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_small_blocks_are_put_together(monkeypatch, mode):
+    """Not a block for each number of regions and each of words: of 16 by 16 items that took ten times as long."""
+    g = torch.Generator().manual_seed(0)
+    images, texts = (torch.randn(16, width, 8, generator=g) for width in (20, 12))
+    masks = [torch.arange(x.shape[1]) < torch.randint(1, x.shape[1] + 1, (16, 1), generator=g) for x in (images, texts)]
+    setting = tiling.Setting(mode, 3, None, True, torch.float32)
+    sides, counts = recorded_sides(monkeypatch), []
+    for least_block in (1, 2**10, 2**16):
+        monkeypatch.setattr(tiling, "_CPU_LEAST_BLOCK", least_block)
+        sides.clear()
+        tiling.score_all(images, texts, *masks, setting, torch.empty(0))
+        counts.append([len(side.runs) for side in sides])
+    similarities = masks[0].sum() * masks[1].sum()
+    assert counts[0] == [len(mask.sum(dim=1).unique()) for mask in reversed(masks)]
+    assert 1 < counts[1][0] * counts[1][1] <= similarities // 2**10
+    assert counts[2] == [1, 1]
 
 
 @pytest.mark.skipif(not launch._has_triton(), reason="the kernel's interpreter comes with triton, 3.5 or newer")

@@ -8,6 +8,7 @@ beyond, backward multiplies again.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from math import isqrt
 from typing import NamedTuple
 
 import torch
@@ -17,7 +18,7 @@ from hrem_layers._core.numerics import compute_dtype
 from hrem_layers.alignment.block import Maxima, activate_, block_backward, block_maxima, block_pool
 from hrem_layers.alignment.pooling import tie_margin
 from hrem_layers.alignment.scores import PairScores, Scores
-from hrem_layers.alignment.sides import Run, Side, fragments_grad, make_side
+from hrem_layers.alignment.sides import Run, Side, count_widths, fragments_grad, make_side
 
 # Similarities of a tile if the caller does not say. CPU: large enough for an efficient product, small enough
 # for the last-level cache. Elsewhere: enough to fill the chip.
@@ -31,6 +32,8 @@ ROW_MULTIPLE = 16
 _COLUMNS = 32
 # Similarities of a block on a CPU (1 MB): about a core's second-level cache.
 _CPU_BLOCK = 2**18
+# A block of less takes longer to begin than to compute: then items of several widths share a run.
+_CPU_LEAST_BLOCK = 2**16
 
 
 class Setting(NamedTuple):
@@ -104,12 +107,13 @@ def score_all(
     ``kept`` (any length) is filled with similarities for backward, as far as it reaches.
     """
     i, t, k = image_fragments.shape[0], text_fragments.shape[0], setting.topk
-    texts = _side(text_fragments, text_mask, setting)
+    image_runs, text_runs = _most_runs(image_fragments, text_fragments, image_mask, text_mask, setting)
+    texts = _side(text_fragments, text_mask, setting, text_runs)
     wide = compute_dtype(setting.dtype)
     shapes = (t, i), (t, i), (t, i, k), (t, i, k)
     out = PairScores(*(torch.zeros(shape, dtype=wide, device=kept.device) for shape in shapes))
     store = _Store(kept, filled=False)
-    for items, images in _image_sides(image_fragments, image_mask, texts, t, setting):
+    for items, images in _image_sides(image_fragments, image_mask, texts, t, setting, image_runs):
         part = out.window(slice(0, t), items)
         for tile in _tiles(images, texts, items.stop - items.start, t, setting):
             x, _ = store.take(tile)
@@ -117,10 +121,10 @@ def score_all(
             activate_(x, setting.mode)
             best = tile.maxima(x)
             for text_run, image_run, block in tile.blocks(x):
-                masks = _mask_of(texts, text_run), _mask_of(images, image_run)
+                masks = _zeros_of(texts, text_run), _zeros_of(images, image_run)
                 block_maxima(block, *masks, tile.window(best, text_run, image_run), mode=setting.mode)
             real = _real_of(texts, tile.text_runs), _real_of(images, tile.image_runs)
-            clean = texts.mask is None and images.mask is None
+            clean = not any(run.padded for run in (*tile.text_runs, *tile.image_runs))
             block_pool(best, *real, part.window(tile.texts(), tile.images()), clean=clean)
         if images.order is not None:  # then these are all images
             out = _reordered(out, 1, images.order.argsort())
@@ -139,13 +143,14 @@ def score_all_backward(
 ) -> tuple[Tensor, Tensor]:
     """Gradients with respect to both fragment tensors."""
     t = text_fragments.shape[0]
-    texts = _side(text_fragments, text_mask, setting)
+    image_runs, text_runs = _most_runs(image_fragments, text_fragments, image_mask, text_mask, setting)
+    texts = _side(text_fragments, text_mask, setting, text_runs)
     pair_grad = _reordered(PairScores.of(grad), 0, texts.order)
     wide = compute_dtype(setting.dtype)
     grad_images = image_fragments.new_empty(image_fragments.shape)
     grad_texts = torch.zeros_like(texts.rows, dtype=wide)
     store, scratch = _Store(kept, filled=True), _Store(kept.new_empty(0), filled=False)
-    for items, images in _image_sides(image_fragments, image_mask, texts, t, setting):
+    for items, images in _image_sides(image_fragments, image_mask, texts, t, setting, image_runs):
         part = _reordered(pair_grad.window(slice(0, t), items), 1, images.order)
         grad_rows = torch.zeros_like(images.rows, dtype=wide)
         for tile in _tiles(images, texts, items.stop - items.start, t, setting):
@@ -187,20 +192,43 @@ class _Store:
         return self.scratch[:size].view(words, stride)[:, :regions], False
 
 
-def _side(fragments: Tensor, mask: Tensor | None, setting: Setting, *, by_place: bool = False) -> Side:
+def _side(
+    fragments: Tensor, mask: Tensor | None, setting: Setting, most_runs: int | None, *, by_place: bool = False
+) -> Side:
     return make_side(
-        fragments, mask, packed=setting.packed, normalize=setting.mode != "dot", dtype=setting.dtype, by_place=by_place
-    )
+        fragments, mask, packed=setting.packed, normalize=setting.mode != "dot", dtype=setting.dtype,
+        most_runs=most_runs, by_place=by_place, copies=setting.mode != "scan",
+    )  # fmt: skip
+
+
+def _most_runs(
+    image_fragments: Tensor, text_fragments: Tensor, image_mask: Tensor | None, text_mask: Tensor | None,
+    setting: Setting,
+) -> tuple[int | None, int | None]:  # fmt: skip
+    """Of the images and of the texts, so that a block, a run of each, has something to compute; None = any number."""
+    if not setting.packed:
+        return None, None
+    rows = [
+        x.shape[0] * x.shape[1] if mask is None else int(mask.sum())
+        for x, mask in ((image_fragments, image_mask), (text_fragments, text_mask))
+    ]
+    blocks = max(1, rows[0] * rows[1] // _CPU_LEAST_BLOCK)
+    images, texts = count_widths(image_mask), count_widths(text_mask)
+    if images * texts <= blocks:
+        return None, None
+    few = max(1, min(images, texts, isqrt(blocks)))
+    many = blocks // few
+    return (few, many) if images <= texts else (many, few)
 
 
 def _image_sides(
-    fragments: Tensor, mask: Tensor | None, texts: Side, t: int, setting: Setting
+    fragments: Tensor, mask: Tensor | None, texts: Side, t: int, setting: Setting, most_runs: int | None
 ) -> Iterator[tuple[slice, Side]]:
     """The images that stand in one tile after another, ready to be multiplied. With a mask all at once: of more images
     more have equal numbers of regions."""
     i, r, _ = fragments.shape
     if mask is not None:
-        yield slice(0, i), _side(fragments, mask, setting)
+        yield slice(0, i), _side(fragments, mask, setting, most_runs)
         return
     size = max(1, _sizes(r, texts.rows, i, t, setting)[0])
     start = 0
@@ -209,7 +237,7 @@ def _image_sides(
         if setting.chunk_size is None and i - stop < size // 2:  # what is left over is no tile of its own
             stop = i
         by_place = fragments.device.type == "cpu" and (stop - start) % _COLUMNS == 0
-        yield slice(start, stop), _side(fragments[start:stop], None, setting, by_place=by_place)
+        yield slice(start, stop), _side(fragments[start:stop], None, setting, None, by_place=by_place)
         start = stop
 
 
@@ -285,7 +313,11 @@ def _shifted(rows: slice, start: int) -> slice:
 
 
 def _mask_of(side: Side, run: Run) -> Tensor | None:
-    return None if side.mask is None else side.mask[run.items()]
+    return side.real[run.items(), : run.width] if run.padded and side.real is not None else None
+
+
+def _zeros_of(side: Side, run: Run) -> Tensor | None:
+    return None if side.copies else _mask_of(side, run)
 
 
 def _margin(dtype: torch.dtype, texts: Side, images: Side, text_run: Run, image_run: Run) -> float | Tensor:
@@ -299,7 +331,7 @@ def _margin(dtype: torch.dtype, texts: Side, images: Side, text_run: Run, image_
 def _real_of(side: Side, runs: list[Run]) -> Tensor | None:
     """Which places of a tile's maxima belong to real fragments; None = all."""
     width = max(run.width for run in runs)
-    if side.real is None or (side.mask is None and all(run.width == width for run in runs)):
+    if side.real is None or all(run.width == width and not run.padded for run in runs):
         return None
     return side.real[runs[0].start : runs[-1].stop, :width]
 

@@ -80,7 +80,7 @@ class _Inputs(NamedTuple):
         parts = (
             None if x is None else x[a:b]
             for x, a, b in (
-                (self.texts.mask, t0, t1), (self.images.mask, i0, i1),
+                (self.texts.real, t0, t1), (self.images.real, i0, i1),
                 (self.texts.longest, t0, t1), (self.images.longest, i0, i1),
             )
         )  # fmt: skip
@@ -188,7 +188,7 @@ def _inputs(
         for x, mask in ((image_fragments, image_mask), (text_fragments, text_mask))
     )
     images, texts = (
-        side._replace(rows=side.rows.contiguous(), mask=None if side.mask is None else side.mask.contiguous())
+        side._replace(rows=side.rows.contiguous(), real=None if side.real is None else side.real.contiguous())
         for side in (images, texts)
     )
     return _Inputs(images, texts, extent, mode, topk, text_mask is not None)
