@@ -18,7 +18,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hrem_layers.alignment import tiles as tiling
+from hrem_layers.alignment import cuts, tiles
 from hrem_layers.alignment.gpu import launch
 from hrem_layers.alignment.reference import align_by_loops
 from hrem_layers.alignment.scores import Scores
@@ -27,10 +27,10 @@ MODES = ("scan", "cosine", "dot")
 
 
 def tiled(images, texts, image_mask, text_mask, grad, *, mode, topk, packed, chunk_size, kept):
-    setting = tiling.Setting(mode, topk, chunk_size, packed, images.dtype)
+    setting = cuts.Setting(mode, topk, chunk_size, packed, images.dtype)
     buffer = images.new_full((kept,), torch.nan)
-    scores = tiling.score_all(images, texts, image_mask, text_mask, setting, buffer)
-    return [*scores, *tiling.score_all_backward(images, texts, image_mask, text_mask, grad, setting, buffer)]
+    scores = tiles.score_all(images, texts, image_mask, text_mask, setting, buffer)
+    return [*scores, *tiles.score_all_backward(images, texts, image_mask, text_mask, grad, setting, buffer)]
 
 
 def fused(images, texts, image_mask, text_mask, grad, *, mode, topk):
@@ -62,8 +62,8 @@ def by_loop(images, texts, image_mask, text_mask, grad, mode, topk):
 
 
 def recorded_sides(monkeypatch):
-    sides, make_side = [], tiling.make_side
-    monkeypatch.setattr(tiling, "make_side", lambda *a, **k: sides.append(make_side(*a, **k)) or sides[-1])
+    sides, make_side = [], cuts.make_side
+    monkeypatch.setattr(cuts, "make_side", lambda *a, **k: sides.append(make_side(*a, **k)) or sides[-1])
     return sides
 
 
@@ -72,7 +72,7 @@ def recorded_sides(monkeypatch):
 @pytest.mark.parametrize("masked", [False, True])
 def test_images_that_stand_region_by_region_give_what_the_loops_give(monkeypatch, mode, n, r, masked):
     """On a CPU a tile of a multiple of 32 images without a mask has another layout: tiles of 32, and what is left."""
-    monkeypatch.setattr(tiling, "_CPU_TILE", 32 * r * 3 * 4)
+    monkeypatch.setattr(cuts, "_CPU_TILE", 32 * r * 3 * 4)
     g = torch.Generator().manual_seed(0)
     t, w, dim, topk = 3, 4, 6, 3
     images, texts = (torch.randn(a, b, dim, generator=g, dtype=torch.float64) for a, b in ((n, r), (t, w)))
@@ -109,7 +109,7 @@ def check(actual, expected, tolerance):
 def test_tiles_are_the_loop(case, packed, chunk_size, kept, least_block):
     tensors, mode, topk = case
     options = {"mode": mode, "topk": topk, "packed": packed, "chunk_size": chunk_size, "kept": kept}
-    with mock.patch.object(tiling, "_CPU_LEAST_BLOCK", least_block):
+    with mock.patch.object(cuts, "_CPU_LEAST_BLOCK", least_block):
         check(tiled(*tensors, **options), by_loop(*tensors, mode, topk), 1e-8)
 
 
@@ -117,7 +117,7 @@ def test_tiles_are_the_loop(case, packed, chunk_size, kept, least_block):
 @pytest.mark.parametrize("least_block", [1, 2**16])
 def test_regions_that_tie_share_evenly_however_the_images_are_put_together(monkeypatch, mode, least_block):
     """What fills up a run is a fragment again, which must not count twice where values tie."""
-    monkeypatch.setattr(tiling, "_CPU_LEAST_BLOCK", least_block)
+    monkeypatch.setattr(cuts, "_CPU_LEAST_BLOCK", least_block)
     g = torch.Generator().manual_seed(0)
     images, texts = (torch.randn(3, 4, 5, generator=g, dtype=torch.float64) for _ in range(2))
     images[:, 1], texts[:, 1] = images[:, 0], texts[:, 0]
@@ -134,12 +134,12 @@ def test_small_blocks_are_put_together(monkeypatch, mode):
     g = torch.Generator().manual_seed(0)
     images, texts = (torch.randn(16, width, 8, generator=g) for width in (20, 12))
     masks = [torch.arange(x.shape[1]) < torch.randint(1, x.shape[1] + 1, (16, 1), generator=g) for x in (images, texts)]
-    setting = tiling.Setting(mode, 3, None, True, torch.float32)
+    setting = cuts.Setting(mode, 3, None, True, torch.float32)
     sides, counts = recorded_sides(monkeypatch), []
     for least_block in (1, 2**10, 2**16):
-        monkeypatch.setattr(tiling, "_CPU_LEAST_BLOCK", least_block)
+        monkeypatch.setattr(cuts, "_CPU_LEAST_BLOCK", least_block)
         sides.clear()
-        tiling.score_all(images, texts, *masks, setting, torch.empty(0))
+        tiles.score_all(images, texts, *masks, setting, torch.empty(0))
         counts.append([len(side.runs) for side in sides])
     similarities = masks[0].sum() * masks[1].sum()
     assert counts[0] == [len(mask.sum(dim=1).unique()) for mask in reversed(masks)]

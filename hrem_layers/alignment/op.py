@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from hrem_layers._core.numerics import autocast_off, compute_dtype
+from hrem_layers.alignment.cuts import ROW_MULTIPLE, Setting
 from hrem_layers.alignment.gpu.launch import kernel_applies, score_all_fused, score_all_fused_backward
 from hrem_layers.alignment.scores import Scores
-from hrem_layers.alignment.tiles import ROW_MULTIPLE, Setting, score_all, score_all_backward
+from hrem_layers.alignment.tiles import score_all, score_all_backward
 
 # Similarities kept for backward, in elements of their dtype (64 MB of float32). What does not fit is
 # multiplied again in backward, so that memory does not grow with R·W.
