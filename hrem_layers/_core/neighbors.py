@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from hrem_layers._core.exchange import Rows
-from hrem_layers._core.numerics import autocast_off, compute_dtype
+from hrem_layers._core.numerics import autocast_off, compute_dtype, rows_at
 
 # numbers in one chunk of gathered neighbours: what stays in a CPU's cache, and what fills a GPU
 _CPU_CHUNK, _GPU_CHUNK = 2**18, 2**26
@@ -85,7 +85,7 @@ def _products(x: Tensor, y: Tensor, index: Tensor) -> Tensor:
     out = x.new_empty((*index.shape, x.shape[1]), dtype=wide)
     with autocast_off(x.device):
         for rows in _chunks(index, x):
-            near = y[index[rows]].to(wide)  # [b, k, h, d]
+            near = rows_at(y, index[rows]).to(wide)  # [b, k, h, d]
             torch.sum(near.mul_(x[rows].unsqueeze(1)), dim=-1, out=out[rows])
     return out
 
@@ -96,7 +96,7 @@ def _sums(weights: Tensor, y: Tensor, index: Tensor) -> Tensor:
     out = y.new_empty((index.shape[0], *y.shape[1:]), dtype=wide)
     with autocast_off(y.device):
         for rows in _chunks(index, y):
-            near = y[index[rows]].to(wide)
+            near = rows_at(y, index[rows]).to(wide)
             torch.sum(near.mul_(weights[rows].unsqueeze(-1)), dim=1, out=out[rows])
     return out
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from hrem_layers._core.checks import check_bool_tensor, check_choice, check_index_tensor, check_int, check_tensor
 from hrem_layers._core.masked import zero_padding
-from hrem_layers._core.numerics import autocast_off, compute_dtype, l2_normalize, product_dtype
+from hrem_layers._core.numerics import autocast_off, compute_dtype, l2_normalize, product_dtype, rows_at
 from hrem_layers.alignment.block import (
     Direction,
     Part,
@@ -242,7 +242,7 @@ def _chunks(x: Tensor, y: Tensor, index: Tensor, chunk_size: int | None) -> Iter
 def _similarity(x: Tensor, y: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
     """x (b, m, d), all y, index (b, k) -> similarities (b, m, k, n), the candidates' fragments (b, k * n, d)."""
     b, k = index.shape
-    chosen = y[index].flatten(1, 2)  # [b, k * n, d]
+    chosen = rows_at(y, index).flatten(1, 2)  # [b, k * n, d]
     s = x @ chosen.transpose(1, 2)
     return s.to(compute_dtype(s.dtype)).view(b, x.shape[1], k, y.shape[1]), chosen
 
@@ -252,7 +252,7 @@ def _receiving(mask: Tensor | None, rows: slice) -> Tensor | None:
 
 
 def _giving(mask: Tensor | None, index: Tensor) -> Tensor | None:
-    return None if mask is None else mask[index].unsqueeze(1)  # [b, 1, k, n]
+    return None if mask is None else rows_at(mask, index).unsqueeze(1)  # [b, 1, k, n]
 
 
 def _check_range(index: Tensor, y: Tensor) -> None:
