@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from hrem_layers.alignment.block import Maxima
-from hrem_layers.alignment.sides import Run, Side, count_widths, make_side
+from hrem_layers.alignment.sides import Run, Side, count_widths_and_rows, make_side
 
 # Similarities of a tile if the caller does not say. CPU: large enough for an efficient product, small enough
 # for the last-level cache. Elsewhere: enough to fill the chip.
@@ -106,12 +106,9 @@ def most_runs(
     """Of the images and of the texts, so that a block, a run of each, has something to compute; None = any number."""
     if not setting.packed:
         return None, None
-    rows = [
-        x.shape[0] * x.shape[1] if mask is None else int(mask.sum())
-        for x, mask in ((image_fragments, image_mask), (text_fragments, text_mask))
-    ]
-    blocks = max(1, rows[0] * rows[1] // _CPU_LEAST_BLOCK)
-    images, texts = count_widths(image_mask), count_widths(text_mask)
+    images, image_rows = count_widths_and_rows(image_fragments, image_mask)
+    texts, text_rows = count_widths_and_rows(text_fragments, text_mask)
+    blocks = max(1, image_rows * text_rows // _CPU_LEAST_BLOCK)
     if images * texts <= blocks:
         return None, None
     few = max(1, min(images, texts, isqrt(blocks)))

@@ -178,6 +178,9 @@ def _fill_up(runs: list[Run], real: Tensor) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(place), torch.from_numpy(filled)
 
 
-def count_widths(mask: Tensor | None) -> int:
-    """How many different numbers of fragments there are, of a mask on a CPU."""
-    return 1 if mask is None else len(np.unique(mask.numpy().sum(axis=1)))
+def count_widths_and_rows(fragments: Tensor, mask: Tensor | None) -> tuple[int, int]:
+    """How many different numbers of fragments (n, width, d) there are, and how many fragments, on a CPU."""
+    if mask is None:
+        return 1, fragments.shape[0] * fragments.shape[1]
+    lengths = mask.numpy().sum(axis=1).tolist()
+    return len(set(lengths)), sum(lengths)
