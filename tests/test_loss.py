@@ -485,7 +485,7 @@ def test_weights_of_zero_cost_nothing(weights, expected):
 
 def test_the_regularization_is_done_before_the_enhanced_embeddings_are_there():
     """On lists, where no matrix of all pairs stands over them, these are what memory is."""
-    module, order = hrem(graph=AssociationGraph(topk=2, candidates=2)), []
+    module, order = hrem(graph={"candidates": 2}), []
     regularization = module.graph.regularization
     module.graph.regularization = lambda *x, **y: order.append("regularization") or regularization(*x, **y)
     module.interaction.register_forward_hook(lambda *_: order.append("interaction"))
