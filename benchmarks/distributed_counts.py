@@ -4,9 +4,9 @@
     python benchmarks/distributed_counts.py --memory     # all work, all bytes and peak memory, at a larger size
 
 Counted, not timed: multiply-adds (2 FLOP) of the matrix products that torch.profiler sees, with their shapes, and of
-the products along neighbour lists; and the bytes that each process receives in the collectives of the library (DDP's or
-FSDP's own not included). The global batch stays the same; every process holds an equal part of it. Largest figure over
-the processes.
+the products along neighbour lists; the bytes that each process receives in the collectives of the library (DDP's or
+FSDP's own not included); and the bytes of tensors at the peak, beside which what is resident is measured. The global
+batch stays the same; every process holds an equal part of it. Largest figure over the processes.
 """
 
 from __future__ import annotations
@@ -16,14 +16,15 @@ import contextlib
 import json
 import math
 import tempfile
+import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from _common import extra_peak_mb, section, table
+from _common import extra_peak_mb, section, table, tensors_peak_mb
 from torch.profiler import ProfilerActivity, profile, record_function
 
 import hrem_layers.loss
@@ -92,17 +93,34 @@ def counted(work) -> Counter:
     return flops
 
 
+NAMES = {
+    "all-gather": ("all_gather_single", "all_gather_into_tensor"),
+    "reduce-scatter": ("reduce_scatter_single", "reduce_scatter_tensor"),
+    "all-to-all": ("all_to_all_single",),
+    "broadcast": ("broadcast",),
+}  # torch 2.13 renamed two of them
+
+
+@contextlib.contextmanager
+def each_collective(wrap: Callable[[str, Callable], Callable]) -> Iterator[None]:
+    """Inside, ``wrap(kind, original)`` is called in the place of every collective."""
+    originals = {}
+    for kind, choices in NAMES.items():
+        name = next(name for name in choices if hasattr(dist, name))
+        originals[name] = getattr(dist, name)
+        setattr(dist, name, wrap(kind, originals[name]))
+    try:
+        yield
+    finally:
+        for name, original in originals.items():
+            setattr(dist, name, original)
+
+
 @contextlib.contextmanager
 def received(world: int) -> Iterator[Counter]:
     """Bytes that this process receives, by collective: W - 1 parts in an all-gather and, in the ring of a
     reduce-scatter, as many sums."""
-    names = {
-        "all-gather": ("all_gather_single", "all_gather_into_tensor"),
-        "reduce-scatter": ("reduce_scatter_single", "reduce_scatter_tensor"),
-        "all-to-all": ("all_to_all_single",),
-        "broadcast": ("broadcast",),
-    }
-    volume, originals = Counter(), {}
+    volume = Counter()
 
     def others(args, out) -> float:
         """The share of an all-to-all's rows that come from other processes."""
@@ -117,15 +135,26 @@ def received(world: int) -> Iterator[Counter]:
 
         return call
 
-    for kind, choices in names.items():
-        name = next(name for name in choices if hasattr(dist, name))
-        originals[name] = getattr(dist, name)
-        setattr(dist, name, watch(kind, originals[name]))
-    try:
+    with each_collective(watch):
         yield volume
-    finally:
-        for name, original in originals.items():
-            setattr(dist, name, original)
+
+
+def settled(_kind: str, original: Callable) -> Callable:
+    """A collective that ends when gloo's threads have let go of its tensors: the profiler does not see what these
+    free, and who lets go last is a race."""
+
+    def holders(x: torch.Tensor) -> int:
+        return x._use_count() + torch._C._storage_Use_Count(x.untyped_storage()._cdata)
+
+    def call(*args, **options):
+        tensors = [x for x in args if isinstance(x, torch.Tensor)]
+        before = [holders(x) for x in tensors]
+        result = original(*args, **options)
+        while any(holders(x) > held for x, held in zip(tensors, before, strict=True)):
+            time.sleep(1e-5)
+        return result
+
+    return call
 
 
 def graphs(options: argparse.Namespace) -> dict[str, AssociationGraph]:
@@ -142,7 +171,8 @@ def graphs(options: argparse.Namespace) -> dict[str, AssociationGraph]:
 
 
 def measure(rank: int, world: int, options: argparse.Namespace, name: str, folder: str) -> None:
-    """Of one graph: FLOP by kind, bytes by collective and, with --memory, MB beyond model and batch."""
+    """Of one graph: FLOP by kind, bytes by collective and, with --memory, MB beyond model and batch: resident ones and
+    those of tensors."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=world)
     pairs = hrem_layers.loss.Pairs
@@ -162,20 +192,23 @@ def measure(rank: int, world: int, options: argparse.Namespace, name: str, folde
     def work(n: int):
         shapes = (n, options.dim), (n, options.dim), (n, options.regions, options.dim), (n, options.words, options.dim)
         inputs = [torch.randn(*shape, requires_grad=True) for shape in shapes]
-        return lambda: loss(*inputs).backward()
+        wanted = [*inputs, *loss.parameters()]  # leaves no gradients behind, which another step would add to
+        return lambda: torch.autograd.grad(loss(*inputs), wanted, allow_unused=True)
 
-    peak = 0.0
+    peak = tensors = 0.0
     if options.memory:
         work(2 * options.candidates)()  # loads what is loaded at the first call
     step = work(items // world)
     if options.memory:
         dist.barrier()
         peak = extra_peak_mb(step)
+        with each_collective(settled):
+            tensors = tensors_peak_mb(step)
     with received(world) as volume:
         flops = counted(step)
     everyone: list = [None] * world
-    dist.all_gather_object(everyone, (dict(flops), dict(volume), {"peak": peak}))
-    places = enumerate((KINDS, COLLECTIVES, ("peak",)))
+    dist.all_gather_object(everyone, (dict(flops), dict(volume), {"tensors": tensors, "peak": peak}))
+    places = enumerate((KINDS, COLLECTIVES, ("tensors", "peak")))
     largest = [{key: max(counts[place].get(key, 0) for counts in everyone) for key in keys} for place, keys in places]
     if rank == 0:
         Path(folder, "results.json").write_text(json.dumps(largest))
@@ -204,7 +237,7 @@ def by_kind(found: dict[str, dict[int, list]]) -> str:
 
 
 def per_process(found: dict[str, dict[int, list]], options: argparse.Namespace) -> str:
-    """All products, all bytes, the peak; in brackets over those of the first number of processes."""
+    """All products, all bytes, the peaks; in brackets over those of the first number of processes."""
     rows = []
     for name, counts in found.items():
         items = options.dense_items if name == "dense" else options.items
@@ -212,12 +245,13 @@ def per_process(found: dict[str, dict[int, list]], options: argparse.Namespace) 
         first = next(iter(counts.values()))
         for world, (flops, volume, memory) in counts.items():
             work, base, got = sum(flops.values()), sum(first[0].values()), sum(volume.values())
-            peak, at_first = memory["peak"], first[2]["peak"]
+            peaks = [f"{memory[kind]:.0f} ({memory[kind] / first[2][kind]:.2f})" for kind in ("tensors", "peak")]
             rows.append([
                 name, f"{items:,}", str(world), f"{work / 1e9:.4g} ({work / base:.2f})", f"{got / 1e6:.0f}",
-                f"{peak:.0f} ({peak / at_first:.2f})", f"{whole / world:.0f}",
+                *peaks, f"{whole / world:.0f}",
             ])  # fmt: skip
-    head = ["graph", "N", "processes", "products, GFLOP", "received, MB", "memory, MB", "part of the batch, MB"]
+    head = ["graph", "N", "processes", "products, GFLOP", "received, MB", "tensors, MB", "resident, MB",
+            "part of the batch, MB"]  # fmt: skip
     return table(head, rows)
 
 
@@ -250,8 +284,9 @@ def main() -> None:
     if options.memory:
         section(
             "Work, bytes and memory of a process",
-            f"{size} N is that of all. In brackets: over one process. *Memory*: resident at the peak, beyond model and "
-            "batch, each in processes of their own.",
+            f"{size} N is that of all. In brackets: over one process. Memory at the peak, beyond model and batch, each "
+            "in processes of their own: *tensors* counted, as PyTorch's allocator was asked for them; *resident* "
+            "measured, with what the C library keeps and what MKL and gloo take.",
             per_process(found, options),
         )
     else:

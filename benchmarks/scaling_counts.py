@@ -168,8 +168,8 @@ def step_costs(
     received = {
         "fragments received": fetched * n * d * size * (r + w if sparse else min(r, w)) * (2 if through else 1),
         "p and S received": 0 if sparse else 4 * 4 * n * n,
-        # the embeddings; keys and values, enhanced
-        "embeddings and their like received": embeddings * (1 + (2 + 1 if sparse else 0)),
+        # the embeddings; keys and values, in backward again; enhanced
+        "embeddings and their like received": embeddings * (1 + (2 + 2 + 1 if sparse else 0)),
         # keys and values, distances (float64), four pair losses
         "their gradients received": embeddings * (2 + 2 + 4) if sparse else 0,
     }

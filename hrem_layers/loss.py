@@ -368,6 +368,12 @@ class HREMLoss(nn.Module):
         base = pairs.loss("pair_loss", self.pair_loss, v, u, similarity)
         graph = self._graph(pairs, cosines)
         enhanced = cross_image = cross_text = regularization = torch.zeros_like(base)
+        if self.regularization_weight:  # before the enhanced embeddings are there, which it has no use for
+            regularize = cast("Callable[..., Tensor]", self.graph.regularization)
+            kind = type(self.graph._modules.get("_orig_mod", self.graph))  # what torch.compile(graph) holds
+            known = getattr(kind, "regularization", None) is AssociationGraph.regularization
+            regularization = regularize(graph if known else _whole(graph), v, u, cosines=cosines)
+            regularization = check_scalar("regularization", regularization, v.device)
         idle: list[object] = []
         if self.enhanced_weight or self.cross_weight:
             pairs, (v_enhanced, u_enhanced) = self._enhance(pairs, graph)
@@ -384,12 +390,6 @@ class HREMLoss(nn.Module):
             cross_text = pairs.loss("cross_pair_loss", pair_loss, v, u_enhanced)
         else:
             idle.append(self.cross_pair_loss)
-        if self.regularization_weight:
-            regularize = cast("Callable[..., Tensor]", self.graph.regularization)
-            kind = type(self.graph._modules.get("_orig_mod", self.graph))  # what torch.compile(graph) holds
-            known = getattr(kind, "regularization", None) is AssociationGraph.regularization
-            regularization = regularize(graph if known else _whole(graph), v, u, cosines=cosines)
-            regularization = check_scalar("regularization", regularization, v.device)
         total = (
             base
             + self.enhanced_weight * enhanced

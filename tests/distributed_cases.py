@@ -39,7 +39,9 @@ from hrem_layers import (
     TransformerLayer,
     TripletLoss,
 )
+from hrem_layers._core.exchange import Rows
 from hrem_layers._core.masked import masked_mean
+from hrem_layers._core.neighbors import neighbor_products, neighbor_sums, with_all
 from hrem_layers.distributed import Shares
 from hrem_layers.tools.gradient_cache import gradient_cached_backward
 
@@ -434,6 +436,58 @@ def second_derivatives_of_a_streamed_loss(rank: int, world: int) -> None:
             torch.testing.assert_close(g / world, w[here])
             torch.testing.assert_close(h, e[here], rtol=1e-8, atol=1e-10)
             assert e.any()
+
+
+@case
+def of_keys_and_values_the_own_rows_stay_for_backward(rank: int, world: int) -> None:
+    for mechanism in ("fusion", "standalone"):
+        model, kept = Model(gather=True, candidates=2, mechanism=mechanism), []
+
+        def keep(x: Tensor, kept: list[Tensor] = kept) -> Tensor:
+            kept.append(x)
+            return x
+
+        with (
+            torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x),
+            recorded(hrem_layers.distributed.shares, "gather_shared") as gathered,
+        ):
+            loss = model(*ragged(world)[rank])
+        own = sum(part.shape[0] for part in ragged(world)[rank][:2])
+        heads = [x for x in kept if x.dim() == 3 and x.shape[1:] == (2, EMBED // 2)]
+        assert heads and all(len(x) <= own and x.untyped_storage().nbytes() == x.nbytes for x in heads)
+        with recorded(hrem_layers.distributed.shares, "gather_shared") as again:
+            loss.backward()
+        assert len(again) == len(gathered) >= 4
+
+
+@case
+def second_derivatives_along_neighbours_of_all(rank: int, world: int) -> None:
+    """As those of a streamed loss, below one process's own rows of which the neighbours are any."""
+    everyone, own, _, shares = two_sides(rank, world)
+    totals = tuple((side, len(x)) for side, x in zip(SIDES, everyone, strict=True))
+    generator = torch.Generator().manual_seed(9)
+    index = torch.randint(sum(n for _, n in totals), (sum(n for _, n in totals), 3), generator=generator)
+    weights = torch.randn(*index.shape, 2, generator=generator, dtype=torch.double)
+
+    def value(images: Tensor, texts: Tensor, rows: Rows, index: Tensor, weights: Tensor) -> Tensor:
+        nodes = torch.cat([images, texts]).unflatten(1, (2, 3))
+        products = with_all(neighbor_products, nodes.tanh(), nodes, index, rows)
+        return (with_all(neighbor_sums, weights + products, nodes.sin(), index, rows) ** 3).sum()
+
+    want_value = value(*everyone, Rows(ALONE, totals), index, weights)
+    here = torch.cat([torch.arange(n).split(sizes)[rank] + first for n, sizes, first in
+                      zip(map(len, everyone), shares[:2], (0, len(everyone[0])), strict=True)])  # fmt: skip
+    got_value = shares.add_up(value(*own, Rows(shares, totals), index[here], weights[here]))
+    torch.testing.assert_close(got_value, want_value)
+    got = torch.autograd.grad(got_value, own, create_graph=True)
+    want = torch.autograd.grad(want_value, everyone, create_graph=True)
+    again = torch.autograd.grad(sum((g / world).square().sum() for g in got), own)
+    expected = torch.autograd.grad(sum(g.square().sum() for g in want), everyone)
+    for side, g, w, h, e in zip(SIDES, got, want, again, expected, strict=True):
+        mine = shares.own(side, 0)
+        torch.testing.assert_close(g / world, w[mine])
+        torch.testing.assert_close(h, e[mine], rtol=1e-8, atol=1e-10)
+        assert e.any()
 
 
 class OwnTripletLoss(TripletLoss):

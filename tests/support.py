@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
+from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import torch
@@ -110,6 +113,19 @@ def gradients(inputs: dict[str, Tensor], *outputs: Tensor) -> dict[str, Tensor]:
     leaves = {name: x for name, x in inputs.items() if isinstance(x, Tensor) and x.requires_grad}
     grads = torch.autograd.grad(weigh(*outputs), list(leaves.values()), allow_unused=True, materialize_grads=True)
     return dict(zip(leaves, grads, strict=True))
+
+
+def benchmark(name: str) -> ModuleType:
+    """A file of benchmarks/ that needs no other of them."""
+    spec = importlib.util.spec_from_file_location(name, Path(__file__).parent.parent / "benchmarks" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def tensors_peak_mb(work: Callable[[], object]) -> float:
+    """Peak of the bytes of tensors that ``work`` made and that are alive, in MB."""
+    return benchmark("_common").tensors_peak_mb(work)
 
 
 class LargestTensor(TorchDispatchMode):

@@ -483,6 +483,16 @@ def test_weights_of_zero_cost_nothing(weights, expected):
     assert counted(hrem(**dict(zip(names, map(float, weights), strict=True))), inputs()) == expected
 
 
+def test_the_regularization_is_done_before_the_enhanced_embeddings_are_there():
+    """On lists, where no matrix of all pairs stands over them, these are what memory is."""
+    module, order = hrem(graph={"candidates": 2}), []
+    regularization = module.graph.regularization
+    module.graph.regularization = lambda *x, **y: order.append("regularization") or regularization(*x, **y)
+    module.interaction.register_forward_hook(lambda *_: order.append("interaction"))
+    module(**inputs())
+    assert order == ["regularization", "interaction"]
+
+
 def test_warmup_computes_the_base_term_alone_and_hides_no_gradient():
     module, b = hrem(warmup_steps=1), inputs()
     with torch.no_grad():

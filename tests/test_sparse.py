@@ -180,14 +180,15 @@ def test_dropout_drops_its_share_and_backward_draws_the_same():
     ones = torch.ones_like(x)
     torch.manual_seed(0)
     rows = Rows(ALONE, (("image", 200),))
-    kept = edges.attend_neighbors(x, x, ones, index, bias, rows, 0.25)
+    kept = edges.attend_neighbors(x, x, ones, index, bias, rows, rows, 0.25)
     assert 0.95 < kept.mean() < 1.05
     assert kept.std() > 0.02
     x, index = x[:4].clone().requires_grad_(), index[:4] % 4
 
     def drawn(x):
         torch.manual_seed(0)
-        return edges.attend_neighbors(x, x, x, index, bias[:4], Rows(ALONE, (("image", 4),)), 0.25)
+        rows = Rows(ALONE, (("image", 4),))
+        return edges.attend_neighbors(x, x, x, index, bias[:4], rows, rows, 0.25)
 
     assert torch.autograd.gradcheck(drawn, (x,))
 

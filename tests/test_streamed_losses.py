@@ -8,14 +8,14 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from support import assert_near, generator
+from support import assert_near, generator, tensors_peak_mb
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import hrem_layers.losses
 from hrem_layers import InfoNCELoss, SigmoidLoss, TripletLoss
 from hrem_layers._core.numerics import cosine_matrix, l2_normalize
-from hrem_layers.losses import _streamed, hardest_negative
+from hrem_layers.losses import _rows, _streamed, hardest_negative
 
 DOUBLE = torch.float64
 NEGATIVES = ("distance_weighted", "hardest", "all", "expected")
@@ -360,6 +360,19 @@ def test_the_similarity_is_never_whole(name, chunk_size):
     with Largest() as largest:
         streamed(loss, x, y, image_ids=image_ids, text_ids=text_ids, chunk_size=chunk_size).backward()
     assert largest.numel <= max(chunk_size * 151, 150 * 3)  # sums over the first 0 to 150 of a row
+
+
+@every_loss
+def test_a_gradient_takes_the_place_of_its_similarity(name, monkeypatch):
+    """One matrix of a chunk's size is there, beside who belongs together."""
+    monkeypatch.setattr(_rows, "CHUNK_ELEMENTS", 2**13)
+    x, y, _, _ = case(600, 500, dim=2, dtype=torch.float32)
+    ids = torch.arange(600)
+    loss = LOSSES[name]("sum")
+    run = lambda: streamed(loss, x, y, image_ids=ids, text_ids=ids[:500], chunk_size=600)  # noqa: E731
+    run()
+    similarity, flags = 600 * 500 * 4 / 1e6, 600 * 500 / 1e6
+    assert similarity + flags <= tensors_peak_mb(run) < 1.5 * similarity + flags
 
 
 # dtypes

@@ -194,6 +194,13 @@ class Rows(NamedTuple):
             [self.exchange.gather_shared_rows(side, part) for (side, _), part in zip(self.totals, parts, strict=True)]
         )
 
+    def add_up(self, x: Tensor) -> Tensor:
+        """``x`` (all rows, ...), of which every process has a part -> this one's own rows of the sum."""
+        parts = x.split([total for _, total in self.totals])
+        return _join(
+            [self.exchange.add_up_rows(side, part) for (side, _), part in zip(self.totals, parts, strict=True)]
+        )
+
     def collect(self, x: Tensor) -> list[Tensor]:
         """``x`` (own rows, ...) -> those of all, a tensor for each side, for work that all repeat."""
         parts = x.split(self._counts())

@@ -10,17 +10,20 @@ nodes:
 The gradients of each are the other two, so all of them can be differentiated any number of times, and nothing is kept
 for the backward pass but what goes in. Neighbours are gathered a chunk of rows at a time: time O(n·K·D), and beyond
 arguments and result the memory of one chunk.
+
+Where the nodes y lie over several processes, :func:`with_all` gathers them for one operator, and again for its backward
+pass.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from hrem_layers._core.exchange import Rows
+from hrem_layers._core.exchange import Alone, Rows
 from hrem_layers._core.numerics import autocast_off, compute_dtype, rows_at
 
 # numbers in one chunk of gathered neighbours: what stays in a CPU's cache, and what fills a GPU
@@ -41,19 +44,20 @@ class NeighborBias(NamedTuple):
 
 
 def attend_neighbors(
-    q: Tensor, k: Tensor, v: Tensor, index: Tensor, bias: Tensor, rows: Rows, dropout: float
+    q: Tensor, k: Tensor, v: Tensor, index: Tensor, bias: Tensor, rows: Rows, nodes: Rows, dropout: float
 ) -> Tensor:
     r""":math:`\mathrm{dropout}(\mathrm{softmax}(q k^\top / \sqrt d + \mathrm{bias}))\, v` over the neighbours alone.
 
-    q (n, h, d), k and v (m, h, d), index and bias (n, K), the latter not −inf in all places of a row -> (n, h, d).
-    Holds a few (n, K, h) tensors for the backward pass, where the masked matrix would take (h, n, m).
+    q (n, h, d), k and v (m, h, d), of several processes this one's own; index and bias (n, K), the former into the
+    nodes of all, the latter not −inf in all places of a row -> (n, h, d). Holds a few (n, K, h) tensors for the
+    backward pass, where the masked matrix would take (h, n, m).
     """
-    scores = neighbor_products(q * q.shape[-1] ** -0.5, k, index)  # [n, k, h]
+    scores = with_all(neighbor_products, q * q.shape[-1] ** -0.5, k, index, nodes)  # [n, k, h]
     bias = bias.to(scores.dtype).unsqueeze(-1)
     weights = torch.where(bias == -torch.inf, -torch.inf, scores + bias).softmax(dim=1)
     if dropout:
         weights = drop_rows(weights, rows, dropout)
-    return neighbor_sums(weights, v, index).to(v.dtype)
+    return with_all(neighbor_sums, weights, v, index, nodes).to(v.dtype)
 
 
 def drop_rows(x: Tensor, rows: Rows, dropout: float) -> Tensor:
@@ -77,6 +81,42 @@ def neighbor_scatter(weights: Tensor, x: Tensor, index: Tensor, nodes: int) -> T
     """weights (n, K, h), x (n, h, d), index (n, K) in [0, nodes) -> (nodes, h, d), in float32 or better."""
     out: Tensor = _scatter(weights, x, index, nodes)
     return out
+
+
+Operator = Callable[[Tensor, Tensor, Tensor], Tensor]
+""":func:`neighbor_products` or :func:`neighbor_sums`."""
+
+
+def with_all(operator: Operator, x: Tensor, own: Tensor, index: Tensor, nodes: Rows) -> Tensor:
+    """``operator(x, y, index)`` with y (m, h, d) the ``nodes`` of all processes, of which ``own`` are here.
+
+    What stays for the backward pass is ``own``: y, as large on a thousand processes as on two, is gathered again there.
+    (Traced, a compiler keeps y.)
+    """
+    if isinstance(nodes.exchange, Alone) or torch.compiler.is_compiling():
+        return operator(x, nodes.gather(own), index)
+    # a copy, for own may be some columns of a larger tensor, which would stay with it
+    out: Tensor = _WithAll.apply(operator, x, own.contiguous(), index, nodes)  # type: ignore[no-untyped-call]
+    return out
+
+
+class _WithAll(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, operator: Operator, x: Tensor, own: Tensor, index: Tensor, nodes: Rows) -> Tensor:
+        ctx.operator, ctx.nodes = operator, nodes
+        ctx.save_for_backward(x, own, index)
+        return operator(x, nodes.gather(own), index)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, own, index = ctx.saved_tensors
+        of_x = of_own = None
+        if ctx.needs_input_grad[1]:
+            of_x = _of_first(ctx.operator, grad, x, ctx.nodes.gather(own), index)
+        if ctx.needs_input_grad[2]:
+            of_y = _of_second(ctx.operator, grad, x, index, ctx.nodes.total)
+            of_own = ctx.nodes.add_up(of_y.to(own.dtype))
+        return None, of_x, of_own, None, None
 
 
 @torch.library.custom_op("hrem_layers::neighbor_products", mutates_args=())
@@ -132,18 +172,28 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(*inputs[:3])
 
 
+def _of_first(operator: Operator, grad: Tensor, x: Tensor, y: Tensor, index: Tensor) -> Tensor:
+    other = neighbor_sums if operator is neighbor_products else neighbor_products
+    return other(grad, y, index).to(x.dtype)
+
+
+def _of_second(operator: Operator, grad: Tensor, x: Tensor, index: Tensor, nodes: int) -> Tensor:
+    return neighbor_scatter(*((grad, x) if operator is neighbor_products else (x, grad)), index, nodes)
+
+
 def _products_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    x, y, index = ctx.saved_tensors
-    of_x = neighbor_sums(grad, y, index).to(x.dtype) if ctx.needs_input_grad[0] else None
-    of_y = neighbor_scatter(grad, x, index, y.shape[0]).to(y.dtype) if ctx.needs_input_grad[1] else None
-    return of_x, of_y, None
+    return _gradients(neighbor_products, ctx, grad)
 
 
 def _sums_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    weights, y, index = ctx.saved_tensors
-    of_weights = neighbor_products(grad, y, index).to(weights.dtype) if ctx.needs_input_grad[0] else None
-    of_y = neighbor_scatter(weights, grad, index, y.shape[0]).to(y.dtype) if ctx.needs_input_grad[1] else None
-    return of_weights, of_y, None
+    return _gradients(neighbor_sums, ctx, grad)
+
+
+def _gradients(operator: Operator, ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    x, y, index = ctx.saved_tensors
+    of_x = _of_first(operator, grad, x, y, index) if ctx.needs_input_grad[0] else None
+    of_y = _of_second(operator, grad, x, index, y.shape[0]).to(y.dtype) if ctx.needs_input_grad[1] else None
+    return of_x, of_y, None
 
 
 def _scatter_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:

@@ -78,10 +78,10 @@ class BiasedAttention(nn.Module):
             k, v = F.linear(context, self.in_proj_weight[d:], self.in_proj_bias[d:]).chunk(2, dim=-1)
         dropout = self.dropout if self.training else 0.0
         if isinstance(bias, NeighborBias):
-            k, v = bias.nodes.gather(torch.cat([k, v], dim=1)).chunk(2, dim=1)
             q, k, v = (rearrange(x, "n (h d) -> n h d", h=self.num_heads) for x in (q, k, v))
             connected = _reachable(bias.bias)
-            out = attend_neighbors(q, k, v, bias.index, torch.where(connected, bias.bias, 0), bias.rows, dropout)
+            weighed = torch.where(connected, bias.bias, 0)
+            out = attend_neighbors(q, k, v, bias.index, weighed, bias.rows, bias.nodes, dropout)
             return torch.where(connected, self.out_proj(rearrange(out, "n h d -> n (h d)")), 0)
         q, k, v = (rearrange(x, "... n (h d) -> ... h n d", h=self.num_heads) for x in (q, k, v))
         reachable = None

@@ -63,7 +63,8 @@ def in_chunks(
     loss: RowLoss, similarity: Tensor, positives: Tensor, ways: Ways, shared: tuple[Tensor, ...],
     grads: tuple[Tensor, ...] | None,
 ) -> Tensor:  # fmt: skip
-    """The sum; the gradient of similarity is written to ``grads``, those of shared are added there.
+    """The sum; the gradient of similarity is written to ``grads``, where similarity itself may be if there is one way;
+    those of shared are added there.
 
     A few rows at a time on a CPU, all of them elsewhere.
     """

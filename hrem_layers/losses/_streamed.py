@@ -146,10 +146,10 @@ def _in_chunks(
             if grads is None:
                 total += in_chunks(loss, s, flags, per_anchor, shared, grads=None)
                 continue
-            of_s = torch.empty_like(s)
-            total += in_chunks(loss, s, flags, per_anchor, shared, grads=(of_s, *grads[2:]))
-            _add_products(of_s, own, others, grads[way][here], grads[1 - way])
-            del s, of_s, flags  # before the next are made
+            # the gradient of a similarity takes its place, which nothing looks at again
+            total += in_chunks(loss, s, flags, per_anchor, shared, grads=(s, *grads[2:]))
+            _add_products(s, own, others, grads[way][here], grads[1 - way])
+            del s, flags  # before the next are made
     return total, finite
 
 
