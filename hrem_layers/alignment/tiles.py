@@ -16,7 +16,7 @@ from torch import Tensor
 from hrem_layers._core.numerics import compute_dtype
 from hrem_layers.alignment.block import Maxima, activate_, block_backward, block_maxima, block_pool
 from hrem_layers.alignment.pooling import tie_margin
-from hrem_layers.alignment.scores import PairScores, Scores
+from hrem_layers.alignment.scores import PairGrads, PairScores, Scores
 from hrem_layers.alignment.sides import Run, Side, fragments_grad, make_side
 
 # Similarities of a tile if the caller does not say. CPU: large enough for an efficient product, small enough
@@ -133,20 +133,20 @@ def score_all_backward(
     text_fragments: Tensor,
     image_mask: Tensor | None,
     text_mask: Tensor | None,
-    grad: Scores,
+    grad: PairGrads,
     setting: Setting,
     kept: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """Gradients with respect to both fragment tensors."""
     t = text_fragments.shape[0]
     texts = _side(text_fragments, text_mask, setting)
-    pair_grad = _reordered(PairScores.of(grad), 0, texts.order)
+    pair_grad = grad.reordered(0, texts.order)
     wide = compute_dtype(setting.dtype)
     grad_images = image_fragments.new_empty(image_fragments.shape)
     grad_texts = torch.zeros_like(texts.rows, dtype=wide)
     store, scratch = _Store(kept, filled=True), _Store(kept.new_empty(0), filled=False)
     for items, images in _image_sides(image_fragments, image_mask, texts, t, setting):
-        part = _reordered(pair_grad.window(slice(0, t), items), 1, images.order)
+        part = pair_grad.window(slice(0, t), items).reordered(1, images.order)
         grad_rows = torch.zeros_like(images.rows, dtype=wide)
         for tile in _tiles(images, texts, items.stop - items.start, t, setting):
             s, filled = store.take(tile)
