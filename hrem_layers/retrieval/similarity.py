@@ -19,8 +19,9 @@ from torch import Tensor
 from hrem_layers._core.checks import describe
 
 FIXED_POINT_ONE = 2**26
-# Elements that are worked on at a time: their float64 copies fit a core's own cache.
-_PART = 2**16
+# Elements that are worked on at a time: their float64 copies are about as large as a core's own cache. With fewer, what
+# takes the time is the number of calls.
+_PART = 2**17
 # Squares of float64 numbers beyond these over- or underflow; a power of two scales without rounding.
 _LARGE, _SMALL, _SCALE = 2.0**500, 2.0**-400, 2.0**600
 
