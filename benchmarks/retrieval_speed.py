@@ -1,6 +1,6 @@
 """CPU time of exact retrieval figures against counting in float32 and against sorting every row, as is usual.
 
-    python benchmarks/retrieval_speed.py                                # 1K x 5K, D = 1024
+    python benchmarks/retrieval_speed.py                                # 200 x 1K and 1K x 5K, D = 1024
     python benchmarks/retrieval_speed.py --large                        # and a slice of 100K x 500K, D = 256
     python benchmarks/retrieval_speed.py --large --large-images 100000  # all of it: some minutes
 
@@ -138,7 +138,7 @@ def large_paragraphs(images: int, asked: int, dim: int) -> list[str]:
 def main() -> None:
     parser = options(__doc__.splitlines()[0])
     parser.set_defaults(threads=1, clock="cpu", repeats=5)
-    parser.add_argument("--images", type=int, default=1000, help="with five captions each")
+    parser.add_argument("--images", type=int, nargs="+", default=[200, 1000], help="with five captions each")
     parser.add_argument("--dim", type=int, default=1024, help="D")
     parser.add_argument("--large", action="store_true", help="100K x 500K at D = 256 as well, or a slice of it")
     parser.add_argument("--large-images", type=int, default=5000, help="of the 100,000: those that are asked")
@@ -147,15 +147,19 @@ def main() -> None:
     paragraphs = []
     if arguments.large:  # first: the peak of memory is that of the process
         paragraphs = large_paragraphs(100_000, arguments.large_images, 256)
-    timings, different = against_the_usual(arguments.images, arguments.dim, arguments.repeats, arguments.clock)
-    n = arguments.images
+    small = []
+    for n in arguments.images:
+        timings, different = against_the_usual(n, arguments.dim, arguments.repeats, arguments.clock)
+        small += [
+            f"{n:,} images with {CAPTIONS} captions each, D = {arguments.dim}:",
+            ratio_table(timings, "counting in float32"),
+            f"Against sorting: {timings['retrieval_metrics'].best / timings['sorting'].best:.2f}. Queries whose "
+            f"position differs from that by a float64 product: {different} of {n * (1 + CAPTIONS):,}.",
+        ]
     section(
         "Retrieval figures",
-        f"{n:,} images with {CAPTIONS} captions each, D = {arguments.dim}. *Sorting* every row and column is the usual "
-        "way; it and *counting in float32* are not exact.",
-        ratio_table(timings, "counting in float32"),
-        f"Against sorting: {timings['retrieval_metrics'].best / timings['sorting'].best:.2f}. Queries whose position "
-        f"differs from that by a float64 product: {different} of {n * (1 + CAPTIONS):,}.",
+        "*Sorting* every row and column is the usual way; it and *counting in float32* are not exact.",
+        *small,
         *paragraphs,
     )
 

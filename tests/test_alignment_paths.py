@@ -18,10 +18,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hrem_layers.alignment import cuts, tiles
+from hrem_layers.alignment import align_fragments, block, cuts, tiles
 from hrem_layers.alignment.gpu import launch
 from hrem_layers.alignment.reference import align_by_loops
-from hrem_layers.alignment.scores import Scores
+from hrem_layers.alignment.scores import PairGrads, Scores
 
 MODES = ("scan", "cosine", "dot")
 
@@ -30,7 +30,8 @@ def tiled(images, texts, image_mask, text_mask, grad, *, mode, topk, packed, chu
     setting = cuts.Setting(mode, topk, chunk_size, packed, images.dtype)
     buffer = images.new_full((kept,), torch.nan)
     scores = tiles.score_all(images, texts, image_mask, text_mask, setting, buffer)
-    return [*scores, *tiles.score_all_backward(images, texts, image_mask, text_mask, grad, setting, buffer)]
+    grads = PairGrads.of(*grad)
+    return [*scores, *tiles.score_all_backward(images, texts, image_mask, text_mask, grads, setting, buffer)]
 
 
 def fused(images, texts, image_mask, text_mask, grad, *, mode, topk):
@@ -145,6 +146,31 @@ def test_small_blocks_are_put_together(monkeypatch, mode):
     assert counts[0] == [len(mask.sum(dim=1).unique()) for mask in reversed(masks)]
     assert 1 < counts[1][0] * counts[1][1] <= similarities // 2**10
     assert counts[2] == [1, 1]
+
+
+@settings(max_examples=60, deadline=None)
+@given(case=cases(4, 6, 5), asked=st.lists(st.booleans(), min_size=4, max_size=4).filter(any))
+def test_scores_that_no_gradient_flows_back_from_are_zeros(case, asked):
+    (*tensors, grad), mode, topk = case
+    leaves = [x.clone().requires_grad_() for x in tensors[:2]]
+    scores = align_fragments(*leaves, *tensors[2:], mode=mode, topk=topk)
+    used = [(x * y).sum() for x, y, ask in zip(scores, grad, asked, strict=True) if ask]
+    zeros = [y if ask else torch.zeros_like(y) for y, ask in zip(grad, asked, strict=True)]
+    got = torch.autograd.grad(sum(used), leaves, retain_graph=True)
+    expected = torch.autograd.grad(scores, leaves, zeros)
+    for x, y in zip(got, expected, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-12, atol=1e-12)
+
+
+def test_only_what_is_asked_for_is_pooled_back(monkeypatch):
+    asked = []
+    pool_backward = block.pool_backward
+    monkeypatch.setattr(
+        block, "pool_backward", lambda *a: asked.append([x is None for x in a[2:4]]) or pool_backward(*a)
+    )
+    images, texts = torch.randn(3, 4, 5, requires_grad=True), torch.randn(3, 6, 5)
+    align_fragments(images, texts).mean_t2i.sum().backward()
+    assert asked == [[False, True]]
 
 
 @pytest.mark.skipif(not launch._has_triton(), reason="the kernel's interpreter comes with triton, 3.5 or newer")

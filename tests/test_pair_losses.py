@@ -12,7 +12,7 @@ from torch import nn
 
 import hrem_layers.losses
 from hrem_layers import InfoNCELoss, SigmoidLoss, TripletLoss
-from hrem_layers.losses import _rows, hardest_negative
+from hrem_layers.losses import _rows, hardest_negative, infonce
 
 DOUBLE = torch.float64
 NEGATIVES = ("distance_weighted", "hardest", "all", "expected")
@@ -278,10 +278,12 @@ def test_a_large_matrix_is_cut_and_a_small_one_is_not(monkeypatch):
 
     for name in ("_whole", "in_chunks"):
         monkeypatch.setattr(_rows, name, spy(getattr(_rows, name)))
+    monkeypatch.setattr(infonce._RowLoss, "both_ways", spy(infonce._RowLoss.both_ways))
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     for n in (16, 600):
-        InfoNCELoss()(torch.zeros(n, n), torch.eye(n, dtype=torch.bool))
-    assert calls == ["_whole", "in_chunks"]
+        for loss in (SigmoidLoss(), InfoNCELoss()):
+            loss(torch.zeros(n, n), torch.eye(n, dtype=torch.bool))
+    assert calls == ["_whole", "both_ways", "in_chunks", "in_chunks"]
 
 
 # dtypes and what is refused

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import statistics
@@ -14,8 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hrem_layers.retrieval import retrieval_metrics, retrieval_metrics_from_similarity
+from hrem_layers.retrieval import positions, retrieval_metrics, retrieval_metrics_from_similarity
 from hrem_layers.retrieval import similarity as similarity_module
+from hrem_layers.retrieval.similarity import Cosines, Given
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -585,3 +587,46 @@ def test_bad_similarity_unmatched_and_folds():
         retrieval_metrics(E, T, text_ids=[0, 1] * 4, folds=2)
     with pytest.raises(ValueError, match=r"are images repeated\? then pass every 5th"):
         retrieval_metrics(torch.rand(10, 3), torch.rand(10, 3), captions_per_image=5)
+
+
+# ways that are taken at some sizes only
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    n=st.integers(1, 12), m=st.integers(1, 20), width=st.sampled_from([1, 2, 5, 600]), ids=st.integers(1, 20),
+    ties=st.sampled_from(["pessimistic", "optimistic"]), seed=st.integers(0, 2**31), coarse=st.booleans(),
+    given=st.booleans(),
+)  # fmt: skip
+def test_every_way_of_counting_is_the_same(n, m, width, ids, ties, seed, coarse, given):
+    g = torch.Generator().manual_seed(seed)
+    image_ids, text_ids = (torch.randint(ids, (count,), generator=g) for count in (n, m))
+    text_ids[0] = image_ids[0]
+    x, y = (torch.randn(count, width, generator=g) for count in (n, m))
+    if coarse:  # many ties
+        x, y = x.round(), y.round()
+    similarity = Cosines.of(x, y)
+    if given:
+        similarity = Given((x @ y.T).masked_fill(torch.rand(n, m, generator=g) < 0.2, -torch.inf))
+    found = []
+    for few_matches, few_products in itertools.product((0, 2**40), repeat=2):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(positions, "_FEW_MATCHES", few_matches)
+            patch.setattr(positions, "_FEW_PRODUCTS", few_products)
+            found.append(positions.items_ahead(similarity, image_ids, text_ids, ties, 7))
+    has_match = torch.isin(image_ids, text_ids), torch.isin(text_ids, image_ids)
+    for other in found[1:]:
+        for ours, theirs, asks in zip(other, found[0], has_match, strict=True):
+            assert torch.equal(ours[asks], theirs[asks])
+
+
+def test_which_way_is_taken(monkeypatch):
+    screened, blocks = [], []
+    screen, matching_blocks = positions.Screen, positions._matching_blocks
+    monkeypatch.setattr(positions, "Screen", lambda *a: screened.append(a) or screen(*a))
+    monkeypatch.setattr(positions, "_matching_blocks", lambda *a: blocks.append(a) or matching_blocks(*a))
+    for count, ids, expected in ((20, 20, (0, 0)), (20, 2, (0, 1)), (1100, 1100, (1, 0))):
+        screened.clear(), blocks.clear()
+        x = torch.randn(count, 8)
+        retrieval_metrics(x, x, image_ids=torch.arange(count) % ids, text_ids=torch.arange(count) % ids)
+        assert (len(screened), len(blocks)) == expected

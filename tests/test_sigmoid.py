@@ -13,9 +13,26 @@ from support import assert_near, generator
 from torch import nn
 
 from hrem_layers import SigmoidLoss
-from hrem_layers.losses import sigmoid_loss
+from hrem_layers.losses import _rows, sigmoid_loss
 
 DOUBLE = torch.float64
+
+
+@pytest.mark.parametrize(("scale", "bias"), [(True, False), (False, True), (True, True)])
+def test_chunks_find_the_gradient_of_the_number_that_is_a_tensor(monkeypatch, scale, bias):
+    s, positives = torch.randn(6, 8, dtype=DOUBLE), torch.rand(6, 8) < 0.3
+    numbers = {"scale": 3.0, "bias": -1.0}
+    numbers |= {
+        name: torch.tensor(numbers[name], dtype=DOUBLE, requires_grad=True)
+        for name, given in (("scale", scale), ("bias", bias))
+        if given
+    }
+    leaves = [x for x in numbers.values() if isinstance(x, torch.Tensor)]
+    found = []
+    for elements in (2**40, 11):
+        monkeypatch.setattr(_rows, "CHUNK_ELEMENTS", elements)
+        found.append(torch.autograd.grad(sigmoid_loss(s, positives, **numbers), leaves))
+    torch.testing.assert_close(found[0], found[1], rtol=1e-12, atol=1e-12)
 
 
 def case(n, m, seed, density=0.3):

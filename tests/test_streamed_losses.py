@@ -18,6 +18,16 @@ from hrem_layers._core.numerics import cosine_matrix, l2_normalize
 from hrem_layers.losses import _rows, _streamed, hardest_negative
 
 DOUBLE = torch.float64
+
+
+@pytest.fixture(scope="module", autouse=True)
+def nothing_is_small():
+    """What is tested here are chunks, of few numbers."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_streamed, "CHUNK_ELEMENTS", 0)
+        yield
+
+
 NEGATIVES = ("distance_weighted", "hardest", "all", "expected")
 LOSSES = {
     **{name: (lambda reduction, name=name: TripletLoss(negative_sampling=name, weight_dim=8, reduction=reduction))
@@ -126,13 +136,47 @@ def test_gradients_of_the_similarity_alone_or_all_of_them(name, sparse, chunk_si
 
 
 @pytest.mark.parametrize(("name", "products"), [("hardest", 1), ("distance_weighted", 1), ("infonce", 3)])
-def test_one_negative_per_anchor_needs_no_products_but_the_similarity(name, products):
+@pytest.mark.parametrize(("chunk_size", "times"), [(None, 1), (200, 1), (199, 2)])  # images and texts at once, or not
+def test_one_negative_per_anchor_needs_no_products_but_the_similarity(name, products, chunk_size, times):
     x, y, _, _ = case(200, 200)
     loss = LOSSES[name]("sum")
     with Largest() as largest:
-        streamed(loss, x, y).backward()
-    assert largest.multiplied == products * 2 * 200 * 200 * 5
-    assert_same(streamed(loss, x, y), whole(loss, x, y, torch.eye(200, dtype=torch.bool)), [x, y])
+        streamed(loss, x, y, chunk_size=chunk_size).backward()
+    assert largest.multiplied == products * times * 200 * 200 * 5
+    value = streamed(loss, x, y, chunk_size=chunk_size)
+    assert_same(value, whole(loss, x, y, torch.eye(200, dtype=torch.bool)), [x, y])
+
+
+@every_loss
+@either_reduction
+@settings(max_examples=15)
+@given(n=st.integers(1, 12), m=st.integers(1, 12), seed=st.integers(0, 99), matrix=st.booleans())
+def test_a_small_similarity_is_made_whole(name, reduction, n, m, seed, matrix):
+    x, y, image_ids, text_ids = case(n, m, seed)
+    positives = image_ids.unsqueeze(1) == text_ids
+    pairs = {"positives": positives} if matrix else {"image_ids": image_ids, "text_ids": text_ids}
+    loss = LOSSES[name](reduction).double()
+    leaves = [x, y, *loss.parameters()]
+    expected = streamed(loss, x, y, **pairs)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_streamed, "CHUNK_ELEMENTS", n * m)
+        actual = streamed(loss, x, y, **pairs)
+    assert_same(actual, expected, leaves)
+
+
+def test_what_counts_as_small(monkeypatch):
+    monkeypatch.setattr(_streamed, "CHUNK_ELEMENTS", 20)
+    taken = []
+    sum_over_anchors = _streamed.sum_over_anchors
+    monkeypatch.setattr(_streamed, "sum_over_anchors", lambda *a, **k: taken.append(a) or sum_over_anchors(*a, **k))
+    x, y, *_ = case(5, 5)
+    for options, n, small in (
+        ({}, 4, True), ({}, 5, False), ({"chunk_size": 4}, 4, True), ({"chunk_size": 3}, 4, False),
+        ({"image_rows": slice(0, 3)}, 4, False), ({"text_rows": slice(1, 4)}, 4, False),
+    ):  # fmt: skip
+        taken.clear()
+        InfoNCELoss().from_embeddings(x[:n], y[:n], **options)
+        assert bool(taken) == small, options
 
 
 @every_loss

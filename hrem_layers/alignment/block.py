@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hrem_layers.alignment.pooling import pool, pool_backward
-from hrem_layers.alignment.scores import PairScores
+from hrem_layers.alignment.scores import PairGrads, PairScores
 
 LEAKY_SLOPE = 0.1
 _AT_ONE_TIME = 32
@@ -167,30 +167,32 @@ def block_backward(
     s: Tensor,
     text_mask: Tensor | None,
     image_mask: Tensor | None,
-    grad: PairScores,
+    grad: PairGrads,
     out: Tensor,
     *,
     mode: str,
     margin: float | Tensor,
 ) -> None:
-    """Writes to ``out`` the gradient with respect to a block's ``x`` (t, w, i, r), given s and that of the scores.
+    """Writes to ``out`` the gradient with respect to a block's ``x`` (t, w, i, r), given s and that of the scores, of
+    which there is one at least. A direction without one is not looked at.
 
     ``margin``: how far values of a pair that tie may be apart, a number or (t, i).
     """
-    inverse_words, inverse_regions = inverse_norms(s, mode, T2I, I2T)
-    words, regions = _of_words(text_mask), _of_regions(image_mask)
-    real_words = None if text_mask is None else text_mask.unsqueeze(1)  # [t, 1, w]
+    t2i, i2t = (grad.mean_t2i, grad.top_t2i), (grad.mean_i2t, grad.top_i2t)
+    asked = [way for way, grads in ((T2I, t2i), (I2T, i2t)) if any(x is not None for x in grads)]
+    inverse = dict(zip(asked, inverse_norms(s, mode, *asked), strict=True))
     margins = (margin, margin) if isinstance(margin, float) else (margin.unsqueeze(1), margin.unsqueeze(2))
-
-    f, winners = maxima_and_winners(s, inverse_words, regions, T2I, margins[0])
-    grad_f = pool_backward(f.transpose(1, 2), real_words, grad.mean_t2i, grad.top_t2i, margin).transpose(1, 2)
-    to_words = Part(share_(winners, grad_f, T2I), f, inverse_words, T2I)
-
-    g, winners = maxima_and_winners(s, inverse_regions, words, I2T, margins[1])
-    grad_g = pool_backward(g, image_mask, grad.mean_i2t, grad.top_i2t, margin)
-    to_regions = Part(share_(winners, grad_g, I2T), g, inverse_regions, I2T)
-
-    similarity_grad(s, [to_words, to_regions], mode, out)
+    parts = []
+    if T2I in asked:
+        f, winners = maxima_and_winners(s, inverse[T2I], _of_regions(image_mask), T2I, margins[0])
+        real_words = None if text_mask is None else text_mask.unsqueeze(1)  # [t, 1, w]
+        grad_f = pool_backward(f.transpose(1, 2), real_words, *t2i, margin).transpose(1, 2)
+        parts.append(Part(share_(winners, grad_f, T2I), f, inverse[T2I], T2I))
+    if I2T in asked:
+        g, winners = maxima_and_winners(s, inverse[I2T], _of_words(text_mask), I2T, margins[1])
+        grad_g = pool_backward(g, image_mask, *i2t, margin)
+        parts.append(Part(share_(winners, grad_g, I2T), g, inverse[I2T], I2T))
+    similarity_grad(s, parts, mode, out)
 
 
 def _largest(x: Tensor, dim: int, out: Tensor | None = None) -> Tensor:

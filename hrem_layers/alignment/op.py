@@ -15,7 +15,7 @@ from torch import Tensor
 from hrem_layers._core.numerics import autocast_off, compute_dtype
 from hrem_layers.alignment.cuts import ROW_MULTIPLE, Setting
 from hrem_layers.alignment.gpu.launch import kernel_applies, score_all_fused, score_all_fused_backward
-from hrem_layers.alignment.scores import Scores
+from hrem_layers.alignment.scores import PairGrads, Scores
 from hrem_layers.alignment.tiles import score_all, score_all_backward
 
 # Similarities kept for backward, in elements of their dtype (64 MB of float32). What does not fit is
@@ -77,23 +77,26 @@ def align_backward_op(
     image_mask: Tensor | None,
     text_mask: Tensor | None,
     kept: Tensor,
-    grad_mean_i2t: Tensor,
-    grad_mean_t2i: Tensor,
-    grad_top_i2t: Tensor,
-    grad_top_t2i: Tensor,
+    grad_mean_i2t: Tensor | None,
+    grad_mean_t2i: Tensor | None,
+    grad_top_i2t: Tensor | None,
+    grad_top_t2i: Tensor | None,
     mode: str,
     topk: int,
     chunk_size: int | None,
     dtype: torch.dtype,
     rounded: bool,
 ) -> tuple[Tensor, Tensor]:
-    grad = Scores(grad_mean_i2t, grad_mean_t2i, grad_top_i2t, grad_top_t2i)
+    """None: no gradient flows back from that score."""
+    grads = grad_mean_i2t, grad_mean_t2i, grad_top_i2t, grad_top_t2i
     setting = _setting(image_fragments, mode, topk, chunk_size, dtype if rounded else compute_dtype(dtype))
     tensors = image_fragments, text_fragments, image_mask, text_mask
     with autocast_off(image_fragments.device):
         if kernel_applies(image_fragments, text_fragments, dtype):
+            shapes = _score_shapes(image_fragments, text_fragments, topk)
+            grad = Scores(*(kept.new_zeros(s) if x is None else x for x, s in zip(grads, shapes, strict=True)))
             return score_all_fused_backward(*tensors, grad, mode=mode, topk=topk, dtype=dtype)
-        return score_all_backward(*tensors, grad, setting, kept)
+        return score_all_backward(*tensors, PairGrads.of(*grads), setting, kept)
 
 
 @align_backward_op.register_fake
@@ -103,22 +106,17 @@ def _(image_fragments: Tensor, text_fragments: Tensor, *_rest: object) -> tuple[
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     *tensors, mode, topk, chunk_size, dtype, rounded, _keep = inputs
-    ctx.topk, ctx.dtype = topk, dtype
     ctx.options = mode, topk, chunk_size, dtype, rounded
     ctx.save_for_backward(*tensors, output[4])
     ctx.mark_non_differentiable(output[4])
-    ctx.set_materialize_grads(False)  # of the kept similarities: no zeros of their size
+    ctx.set_materialize_grads(False)  # what is not asked for is not computed
 
 
 def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     saved = ctx.saved_tensors  # read once: under activation checkpointing a second look is an error
-    images, texts, *_ = saved
-    shapes = _score_shapes(images, texts, ctx.topk)
-    given = (
-        images.new_zeros(shape, dtype=compute_dtype(ctx.dtype)) if grad is None else grad
-        for grad, shape in zip(grads, shapes, strict=False)
-    )
-    return *align_backward_op(*saved, *given, *ctx.options), *[None] * 8
+    if all(grad is None for grad in grads[:4]):
+        return (None,) * 10
+    return *align_backward_op(*saved, *grads[:4], *ctx.options), *[None] * 8
 
 
 align_op.register_autograd(_backward, setup_context=_setup_context)

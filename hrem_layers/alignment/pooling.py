@@ -92,21 +92,20 @@ def _sorts_well(values: Tensor) -> bool:
 
 
 def pool_backward(
-    values: Tensor, real: Tensor | None, grad_mean: Tensor, grad_top: Tensor, margin: float | Tensor
+    values: Tensor, real: Tensor | None, grad_mean: Tensor | None, grad_top: Tensor | None, margin: float | Tensor
 ) -> Tensor:
     """The gradient (a, b, m) of the values. Each place of q gives its own evenly to all values that tie with it.
 
-    ``margin`` is that of :func:`tie_margin`, a number or (a, b).
+    ``margin`` is that of :func:`tie_margin`, a number or (a, b). None: no gradient flows back from p, or from q.
     """
+    grad = torch.zeros_like(values) if grad_mean is None else _mean_backward(values, real, grad_mean)
+    if grad_top is None:
+        return grad
     m = values.shape[-1]
     k = min(grad_top.shape[-1], m)
     grad_top = grad_top[..., :k]
-    if real is None:
-        grad = (grad_mean / m).unsqueeze(-1).expand(values.shape).contiguous()
-    else:
-        count = real.sum(dim=-1)
-        grad = (grad_mean / count.clamp(min=1)).unsqueeze(-1).masked_fill(~real, 0).contiguous()
-        grad_top = grad_top.masked_fill(~_taken(count, k), 0)
+    if real is not None:
+        grad_top = grad_top.masked_fill(~_taken(real.sum(dim=-1), k), 0)
         values = values.masked_fill(~real, -torch.inf)
     top, index = largest_and_places(values, min(k + 1, m))
     margin = margin if isinstance(margin, float) else margin.unsqueeze(-1)
@@ -119,6 +118,13 @@ def pool_backward(
         margin = margin if isinstance(margin, float) else margin[rows]
         grad[rows] += _shared(values[rows], top[..., :k][rows], grad_top[rows], margin)
     return grad
+
+
+def _mean_backward(values: Tensor, real: Tensor | None, grad_mean: Tensor) -> Tensor:
+    if real is None:
+        return (grad_mean / values.shape[-1]).unsqueeze(-1).expand(values.shape).contiguous()
+    share = grad_mean / real.sum(dim=-1).clamp(min=1)
+    return share.unsqueeze(-1).masked_fill(~real, 0).contiguous()
 
 
 def _shared(values: Tensor, largest: Tensor, grad_top: Tensor, margin: float | Tensor) -> Tensor:

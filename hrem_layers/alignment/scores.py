@@ -57,3 +57,26 @@ class PairScores(NamedTuple):
 
     def window(self, texts: slice, images: slice) -> PairScores:
         return PairScores(*(x[texts, images] for x in self))
+
+
+class PairGrads(NamedTuple):
+    """The gradients of the four, likewise with texts in front; None: what no gradient flows back from."""
+
+    mean_i2t: Tensor | None
+    mean_t2i: Tensor | None
+    top_i2t: Tensor | None
+    top_t2i: Tensor | None
+
+    @classmethod
+    def of(
+        cls, mean_i2t: Tensor | None, mean_t2i: Tensor | None, top_i2t: Tensor | None, top_t2i: Tensor | None
+    ) -> PairGrads:
+        """Of those of :class:`Scores`."""
+        turned = (None if x is None else x.transpose(0, 1) for x in (mean_i2t, top_i2t))
+        return cls(next(turned), mean_t2i, next(turned), top_t2i)
+
+    def window(self, texts: slice, images: slice) -> PairGrads:
+        return PairGrads(*(None if x is None else x[texts, images] for x in self))
+
+    def reordered(self, dim: int, order: Tensor | None) -> PairGrads:
+        return self if order is None else PairGrads(*(None if x is None else x.index_select(dim, order) for x in self))

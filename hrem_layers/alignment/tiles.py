@@ -13,7 +13,7 @@ from hrem_layers._core.numerics import compute_dtype
 from hrem_layers.alignment.block import activate_, block_backward, block_maxima, block_pool
 from hrem_layers.alignment.cuts import ROW_MULTIPLE, Setting, Tile, image_sides, most_runs, side_of, tiles_of
 from hrem_layers.alignment.pooling import tie_margin
-from hrem_layers.alignment.scores import PairScores, Scores
+from hrem_layers.alignment.scores import PairGrads, PairScores, Scores
 from hrem_layers.alignment.sides import Run, Side, fragments_grad
 
 
@@ -60,7 +60,7 @@ def score_all_backward(
     text_fragments: Tensor,
     image_mask: Tensor | None,
     text_mask: Tensor | None,
-    grad: Scores,
+    grad: PairGrads,
     setting: Setting,
     kept: Tensor,
 ) -> tuple[Tensor, Tensor]:
@@ -68,13 +68,13 @@ def score_all_backward(
     t = text_fragments.shape[0]
     image_runs, text_runs = most_runs(image_fragments, text_fragments, image_mask, text_mask, setting)
     texts = side_of(text_fragments, text_mask, setting, text_runs)
-    pair_grad = _reordered(PairScores.of(grad), 0, texts.order)
+    pair_grad = grad.reordered(0, texts.order)
     wide = compute_dtype(setting.dtype)
     grad_images = image_fragments.new_empty(image_fragments.shape)
     grad_texts = torch.zeros_like(texts.rows, dtype=wide)
     store, scratch = _Store(kept, filled=True), _Store(kept.new_empty(0), filled=False)
     for items, images in image_sides(image_fragments, image_mask, texts, t, setting, image_runs):
-        part = _reordered(pair_grad.window(slice(0, t), items), 1, images.order)
+        part = pair_grad.window(slice(0, t), items).reordered(1, images.order)
         grad_rows = torch.zeros_like(images.rows, dtype=wide)
         for tile in tiles_of(images, texts, items.stop - items.start, t, setting):
             s, filled = store.take(tile)

@@ -54,8 +54,8 @@ def one_if_finite(*tensors: Tensor) -> Tensor:
     A factor of every loss, because a choice among elements hides what it does not choose. As a factor and not a
     summand it also reaches the gradient, which is what a gradient scaler looks at.
     """
-    factor = torch.ones((), dtype=tensors[0].dtype, device=tensors[0].device)
+    factor, zero = tensors[0].new_ones(()), tensors[0].new_zeros(())  # tensors: a number would be made one every time
     for x in tensors:
-        for extreme in torch.aminmax(x.detach()):
-            factor = factor + (0 * extreme).to(factor.dtype)
-    return factor
+        for extreme in torch.aminmax(x.detach()) if x.dim() else (x.detach(),):
+            factor = torch.addcmul(factor, extreme, zero)
+    return factor.to(tensors[0].dtype)

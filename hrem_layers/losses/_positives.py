@@ -11,34 +11,43 @@ from hrem_layers._core.checks import check_bool_tensor, check_index_tensor
 from hrem_layers.losses._pairs import as_bytes
 
 
-class Positives(NamedTuple):
-    """N images and M texts; either ``matrix`` (N, M) bool, or the ids of both sides, equal = together."""
+class PositiveIds(NamedTuple):
+    """The ids of N images and M texts, equal = together."""
 
-    image_ids: Tensor
+    image: Tensor
     """(N,) integer."""
-    text_ids: Tensor
+    text: Tensor
     """(M,) integer."""
-    matrix: Tensor | None
 
     def rows(self, way: int, here: slice) -> Tensor:
         """(n, M) bool of some images (``way`` 0), or (m, N) of some texts (``way`` 1)."""
-        if self.matrix is not None:
-            return self.matrix[here] if not way else self.matrix[:, here].t().contiguous()
-        own, other = (self.image_ids, self.text_ids) if not way else (self.text_ids, self.image_ids)
-        return own[here].unsqueeze(1) == other.unsqueeze(0)
+        return self[way][here].unsqueeze(1) == self[1 - way].unsqueeze(0)
 
     def anchors(self, way: int) -> Tensor:
         """How many images (``way`` 0) or texts (``way`` 1) have a positive, 0-dimensional."""
-        if self.matrix is not None:
-            return torch.count_nonzero(as_bytes(self.matrix).amax(dim=1 - way))
-        own, other = (self.image_ids, self.text_ids) if not way else (self.text_ids, self.image_ids)
-        return torch.count_nonzero(_occurrences(own, other))
+        return torch.count_nonzero(_occurrences(self[way], self[1 - way]))
 
     def pairs(self) -> Tensor:
         """How many pairs belong together, 0-dimensional."""
-        if self.matrix is not None:
-            return torch.count_nonzero(self.matrix)
-        return _occurrences(self.image_ids, self.text_ids).sum()
+        return _occurrences(self.image, self.text).sum()
+
+
+class PositiveMatrix(NamedTuple):
+    """The same of (N, M) bool, True = together."""
+
+    matrix: Tensor
+
+    def rows(self, way: int, here: slice) -> Tensor:
+        return self.matrix[here] if not way else self.matrix[:, here].t().contiguous()
+
+    def anchors(self, way: int) -> Tensor:
+        return torch.count_nonzero(as_bytes(self.matrix).amax(dim=1 - way))
+
+    def pairs(self) -> Tensor:
+        return torch.count_nonzero(self.matrix)
+
+
+Positives = PositiveIds | PositiveMatrix
 
 
 def _occurrences(own: Tensor, other: Tensor) -> Tensor:
@@ -59,11 +68,12 @@ def check_positive_pairs(
         check_index_tensor("text_ids", text_ids, (m,), device=device)
     if positives is not None:
         check_bool_tensor("positives", positives, (n, m), device=device, meaning="the pair belongs together")
-    elif text_ids is None and n != m:
+        return PositiveMatrix(positives)
+    if text_ids is None and n != m:
         raise ValueError(
             f"text_ids must say which image each text belongs to where there are not as many texts as images, got "
             f"{n} images and {m} texts"
         )
     ids = torch.arange(n, device=device) if image_ids is None else image_ids
     text_ids = ids if text_ids is None else text_ids
-    return Positives(ids.to(torch.long), text_ids.to(torch.long), positives)
+    return PositiveIds(ids.to(torch.long), text_ids.to(torch.long))

@@ -31,6 +31,15 @@ Ways = tuple[tuple[Tensor, ...], ...]
 """``per_row`` of the rows and, if the columns are anchors too, ``per_row`` of the columns."""
 
 
+def is_taken_whole(similarity: Tensor) -> bool:
+    """Whether nothing is gained by computing a few rows at a time."""
+    return (
+        torch.compiler.is_compiling()
+        or similarity.device.type != "cpu"
+        or similarity.numel() <= CHUNK_ELEMENTS * torch.get_num_threads()
+    )
+
+
 def sum_over_anchors(
     loss: RowLoss, similarity: Tensor, positives: Tensor, *, ways: Ways, shared: tuple[Tensor, ...] = ()
 ) -> Tensor:
@@ -39,11 +48,7 @@ def sum_over_anchors(
     Gradients flow to ``similarity`` and ``shared``, none to ``per_row``. A small matrix, a traced one and one that is
     not in a CPU's memory are computed whole, by autograd; a compiler fuses the steps by itself.
     """
-    if (
-        torch.compiler.is_compiling()
-        or similarity.device.type != "cpu"
-        or similarity.numel() <= CHUNK_ELEMENTS * torch.get_num_threads()
-    ):
+    if is_taken_whole(similarity):
         return _whole(loss, similarity, positives, ways, shared)
     if not (torch.is_grad_enabled() and any(x.requires_grad for x in (similarity, *shared))):
         return in_chunks(loss, similarity, positives, ways, shared, grads=None)

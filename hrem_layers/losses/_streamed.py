@@ -1,4 +1,4 @@
-"""Sums over anchors like those of ``_rows.py``, from embeddings: the similarity is never whole.
+"""Sums over anchors like those of ``_rows.py``, from embeddings: the similarity is never whole, unless it is small.
 
 A chunk of anchors is multiplied with the other side, its value and the gradient of its similarities are found in one
 go, and two more products turn this gradient into that of the embeddings before the next chunk is taken. What stays
@@ -8,6 +8,7 @@ for the backward pass is as large as the embeddings; over several processes, whi
 from __future__ import annotations
 
 import numbers
+from collections.abc import Iterator
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -15,12 +16,12 @@ import torch
 from torch import Tensor
 
 from hrem_layers._core.checks import check_bool, check_int, check_sides, said
-from hrem_layers._core.exchange import Exchange, check_exchange, share_gathered
+from hrem_layers._core.exchange import Alone, Exchange, check_exchange, share_gathered
 from hrem_layers._core.numerics import autocast_off, compute_dtype, l2_normalize
 from hrem_layers._core.recompute import compute_twice
 from hrem_layers.losses._pairs import one_if_finite
 from hrem_layers.losses._positives import Positives, check_positive_pairs
-from hrem_layers.losses._rows import RowLoss, Ways, in_chunks
+from hrem_layers.losses._rows import CHUNK_ELEMENTS, RowLoss, Ways, in_chunks, sum_over_anchors
 
 CPU_TILE, GPU_TILE = 2**21, 2**22
 """Similarities in one chunk where the caller names no size: 8 and 16 MB in float32."""
@@ -116,6 +117,10 @@ def streamed_sum(
         if torch.compiler.is_compiling():
             x, y = share_gathered(exchange, "image", x), share_gathered(exchange, "text", y)
             total, finite = _by_autograd(loss, x, y, plan, ways, shared, recompute=True), x.new_ones(())
+        elif _is_small(x, y, plan, ways):
+            s = x @ y.t()
+            flags = plan.positives.rows(0, plan.rows[0])
+            total, finite = sum_over_anchors(loss, s, flags, ways=ways, shared=shared), one_if_finite(s)
         elif not (torch.is_grad_enabled() and any(t.requires_grad for t in (x, y, *shared))):
             total, finite = _in_chunks(loss, x, y, plan, ways, shared, grads=None)
         else:
@@ -136,21 +141,44 @@ def _in_chunks(
     """The sum, and 1 if all was finite, else NaN; gradients of embeddings and shared are added to ``grads``."""
     sides = x.detach(), y.detach()
     total, finite = x.new_zeros((), dtype=x.dtype), x.new_ones(())
-    for way, per_row in enumerate(ways):
-        anchors, others = sides[way], sides[1 - way]
-        for here in _chunks(plan.rows[way], plan.chunk_size, others):
-            own = anchors[here]
-            s, flags = own @ others.t(), plan.positives.rows(way, here)
-            finite = finite * one_if_finite(s)
-            per_anchor = (tuple(t[here] for t in per_row),)
-            if grads is None:
-                total += in_chunks(loss, s, flags, per_anchor, shared, grads=None)
-                continue
-            # the gradient of a similarity takes its place, which nothing looks at again
-            total += in_chunks(loss, s, flags, per_anchor, shared, grads=(s, *grads[2:]))
-            _add_products(s, own, others, grads[way][here], grads[1 - way])
-            del s, flags  # before the next are made
+    for way, here, per_anchor in _pieces(plan, ways, sides):
+        own, others = sides[way][here], sides[1 - way]
+        s, flags = own @ others.t(), plan.positives.rows(way, here)
+        finite = finite * one_if_finite(s)
+        if grads is None:
+            total += in_chunks(loss, s, flags, per_anchor, shared, grads=None)
+            continue
+        # of one way the gradient of a similarity takes its place, which nothing looks at again
+        of_s = s if len(per_anchor) == 1 else torch.empty_like(s)
+        total += in_chunks(loss, s, flags, per_anchor, shared, grads=(of_s, *grads[2:]))
+        _add_products(of_s, own, others, grads[way][here], grads[1 - way])
+        del s, of_s, flags  # before the next are made
     return total, finite
+
+
+def _pieces(plan: Plan, ways: Ways, sides: tuple[Tensor, Tensor]) -> Iterator[tuple[int, slice, Ways]]:
+    """The side and place of each chunk of anchors, and what each of them has of its own; where one chunk holds all
+    images and one all texts, both at once, with the images: their similarities are the same."""
+    if _is_one_chunk(plan, ways, sides):
+        yield 0, plan.rows[0], ways
+        return
+    for way, per_row in enumerate(ways):
+        for here in _chunks(plan.rows[way], plan.chunk_size, sides[1 - way]):
+            yield way, here, (tuple(t[here] for t in per_row),)
+
+
+def _is_one_chunk(plan: Plan, ways: Ways, sides: tuple[Tensor, Tensor]) -> bool:
+    return all(
+        _chunks(plan.rows[way], plan.chunk_size, sides[1 - way]) == [slice(0, len(sides[way]))]
+        for way in range(len(ways))
+    )
+
+
+def _is_small(x: Tensor, y: Tensor, plan: Plan, ways: Ways) -> bool:
+    """Whether the similarity is one chunk of this process, and so small that autograd may keep what it likes of it:
+    its steps then take less time than what saves memory."""
+    small = len(x) * len(y) <= CHUNK_ELEMENTS and isinstance(plan.exchange, Alone)
+    return small and _is_one_chunk(plan, ways, (x, y))
 
 
 def _add_products(of_s: Tensor, own: Tensor, others: Tensor, grad_own: Tensor, grad_others: Tensor) -> None:

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from hrem_layers._core.checks import check_bool, check_choice, check_tensor
 from hrem_layers._core.exchange import ALONE, Exchange
 from hrem_layers.losses._pairs import REDUCTIONS, as_bytes, check_constant, check_pairs, one_if_finite
-from hrem_layers.losses._rows import RowLoss, sum_over_anchors
+from hrem_layers.losses._positives import PositiveMatrix, Positives
+from hrem_layers.losses._rows import Ways, is_taken_whole, sum_over_anchors
 from hrem_layers.losses._scale import check_shared, check_temperature, clamp_own, log_of_inverse, scale_of, share
 from hrem_layers.losses._streamed import open_stream, streamed_dtype, streamed_sum
 
@@ -37,11 +38,16 @@ def info_nce_loss(
         tensor(0.0026)
     """
     check_choice("reduction", reduction, REDUCTIONS)
-    s = check_pairs(similarity, positives)
+    return _of_checked(check_pairs(similarity, positives), positives, scale, reduction)
+
+
+def _of_checked(s: Tensor, positives: Tensor, scale: float | Tensor, reduction: str) -> Tensor:
     row_loss, shared = _with_scale(scale, s)
-    loss = sum_over_anchors(
-        row_loss, s, positives, ways=tuple((_weights(positives, d, reduction, s.dtype),) for d in (1, 0)), shared=shared
-    )
+    if is_taken_whole(s):
+        loss = row_loss.both_ways(s, positives, reduction, *shared)
+    else:
+        ways = _weights(PositiveMatrix(positives), tuple(s.shape), reduction, s)
+        loss = sum_over_anchors(row_loss, s, positives, ways=ways, shared=shared)
     return loss * one_if_finite(loss)  # which sees all of s
 
 
@@ -76,28 +82,26 @@ def streamed_info_nce_loss(
         normalize=normalize, chunk_size=chunk_size, image_rows=image_rows, text_rows=text_rows, exchange=exchange,
     )  # fmt: skip
     row_loss, shared = _with_scale(scale, x)
-    ways = []
-    for way, e in enumerate((x, y)):
-        weight = e.new_full((), 0.5)
-        if reduction == "mean":
-            weight = weight / plan.positives.anchors(way).clamp(min=1)
-        ways.append((weight.expand(e.shape[0], 1),))
-    return streamed_sum(row_loss, x, y, plan, ways=tuple(ways), shared=shared)
+    ways = _weights(plan.positives, (x.shape[0], y.shape[0]), reduction, x)
+    return streamed_sum(row_loss, x, y, plan, ways=ways, shared=shared)
 
 
-def _with_scale(scale: float | Tensor, like: Tensor) -> tuple[RowLoss, tuple[Tensor, ...]]:
+def _with_scale(scale: float | Tensor, like: Tensor) -> tuple[_RowLoss, tuple[Tensor, ...]]:
     """The loss of rows, and the scale where it is a tensor that the rows share."""
     if isinstance(scale, Tensor):
         return _RowLoss(None), (check_tensor("scale", scale, (), device=like.device).to(like.dtype),)
     return _RowLoss(check_constant("scale", scale, above=0)), ()
 
 
-def _weights(positives: Tensor, dim: int, reduction: str, dtype: torch.dtype) -> Tensor:
-    """What each anchor counts, (n, 1); those without a positive count 0 by having none."""
-    weight = torch.full((), 0.5, dtype=dtype, device=positives.device)
-    if reduction == "mean":
-        weight = weight / torch.count_nonzero(as_bytes(positives).amax(dim=dim)).clamp(min=1)
-    return weight.expand(positives.shape[1 - dim], 1)
+def _weights(positives: Positives, lengths: tuple[int, ...], reduction: str, like: Tensor) -> Ways:
+    """What each anchor counts, (n, 1) of both sides; those without a positive count 0 by having none."""
+    ways = []
+    for way, length in enumerate(lengths):
+        weight = like.new_full((), 0.5)
+        if reduction == "mean":
+            weight = weight / positives.anchors(way).clamp(min=1)
+        ways.append((weight.expand(length, 1),))
+    return tuple(ways)
 
 
 class _RowLoss:
@@ -121,6 +125,16 @@ class _RowLoss:
         of_logits = log_p.exp_().mul_(total).sub_(share)
         of_scale = [torch.dot(of_logits.flatten(), s.flatten())] if shared else []
         return value, of_logits.mul_(scale), *of_scale
+
+    def both_ways(self, s: Tensor, positives: Tensor, reduction: str, *shared: Tensor) -> Tensor:
+        """The loss over rows and columns of all of s at once: what both need is made once, and nothing transposed."""
+        logits, flags = s * self._scale(shared), as_bytes(positives).to(s.dtype)
+        terms = []
+        for dim in (1, 0):
+            count = flags.sum(dim=dim, keepdim=True)
+            parts = count * torch.count_nonzero(count) if reduction == "mean" else count
+            terms.append(logits.log_softmax(dim=dim) * (flags / parts.clamp(min=1)))
+        return (terms[0] + terms[1]).sum() * -0.5
 
     def _scale(self, shared: tuple[Tensor, ...]) -> float | Tensor:
         if self.scale is not None:
@@ -216,7 +230,7 @@ class InfoNCELoss(nn.Module):
             TypeError, ValueError: an argument has the wrong type, dtype, shape or device.
         """
         s = check_pairs(similarity, positives)
-        return info_nce_loss(s, positives, scale=self._scale(s.dtype, s.device), reduction=self.reduction)
+        return _of_checked(s, positives, self._scale(s.dtype, s.device), self.reduction)
 
     def from_embeddings(
         self,

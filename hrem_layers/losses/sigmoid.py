@@ -44,12 +44,15 @@ def sigmoid_loss(
         tensor(0.1059)
     """
     check_choice("reduction", reduction, REDUCTIONS)
-    s = check_pairs(similarity, positives)
-    numbers = _numbers(scale, bias, s)
-    loss = sum_over_anchors(_row_loss, s, positives, ways=((),), shared=numbers)
+    return _of_checked(check_pairs(similarity, positives), positives, scale, bias, reduction)
+
+
+def _of_checked(s: Tensor, positives: Tensor, scale: float | Tensor, bias: float | Tensor, reduction: str) -> Tensor:
+    row_loss, shared = _with_numbers(scale, bias, s)
+    loss = sum_over_anchors(row_loss, s, positives, ways=((),), shared=shared)
     if reduction == "mean":
         loss = loss / max(s.shape)
-    return loss * one_if_finite(s, *numbers)
+    return loss * one_if_finite(s, *shared)
 
 
 def streamed_sigmoid_loss(
@@ -83,44 +86,55 @@ def streamed_sigmoid_loss(
         image_embedding, text_embedding, image_ids=image_ids, text_ids=text_ids, positives=positives,
         normalize=normalize, chunk_size=chunk_size, image_rows=image_rows, text_rows=text_rows, exchange=exchange,
     )  # fmt: skip
-    loss = streamed_sum(_row_loss, x, y, plan, ways=((),), shared=_numbers(scale, bias, x))
+    row_loss, shared = _with_numbers(scale, bias, x)
+    loss = streamed_sum(row_loss, x, y, plan, ways=((),), shared=shared)
     return loss / max(x.shape[0], y.shape[0]) if reduction == "mean" else loss
 
 
-def _numbers(scale: float | Tensor, bias: float | Tensor, like: Tensor) -> tuple[Tensor, ...]:
-    """Both as tensors of the dtype and on the device of ``like``, checked."""
-    numbers = []
+def _with_numbers(scale: float | Tensor, bias: float | Tensor, like: Tensor) -> tuple[_RowLoss, tuple[Tensor, ...]]:
+    """The loss of rows, and those of both that are tensors, which the rows share; checked."""
+    numbers: list[float | None] = []
+    shared = []
     for name, value, options in (("scale", scale, {"above": 0}), ("bias", bias, {})):
         if isinstance(value, Tensor):
-            numbers.append(check_tensor(name, value, (), device=like.device).to(like.dtype))
+            shared.append(check_tensor(name, value, (), device=like.device).to(like.dtype))
+            numbers.append(None)
         else:
-            numbers.append(like.new_full((), check_constant(name, value, **options)))
-    return tuple(numbers)
+            numbers.append(check_constant(name, value, **options))
+    return _RowLoss(*numbers), tuple(shared)
 
 
 class _RowLoss:
-    """The sum over rows, and its gradient."""
+    """The sum over rows, and its gradient. None: the rows share it, and gradient flows to it."""
 
-    def __call__(self, s: Tensor, positives: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
-        return -F.logsigmoid((s * scale + bias) * _signs(positives, s.dtype)).sum()
+    def __init__(self, scale: float | None, bias: float | None) -> None:
+        self.scale, self.bias = scale, bias
 
-    def with_gradients(self, s: Tensor, positives: Tensor, scale: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
+    def __call__(self, s: Tensor, positives: Tensor, *shared: Tensor) -> Tensor:
+        return -F.logsigmoid(self._logits(s, shared) * _signs(positives, s.dtype)).sum()
+
+    def with_gradients(self, s: Tensor, positives: Tensor, *shared: Tensor) -> tuple[Tensor, ...]:
         signs = _signs(positives, s.dtype)
-        signed = (s * scale).add_(bias).mul_(signs)
-        log_p = F.logsigmoid(signed)
+        signed = self._logits(s, shared).mul_(signs)
+        log_p, exponential = torch.ops.aten.log_sigmoid_forward(signed)
         value = -log_p.sum()
-        # −z σ(−z logit), where σ(−x) is σ(x) exp(−x); z (σ(z logit) − 1) would cancel
-        of_logits = log_p.sub_(signed).exp_().mul_(signs.neg_())
-        of_scale, of_bias = torch.dot(of_logits.flatten(), s.flatten()), of_logits.sum()
-        return value, of_logits.mul_(scale), of_scale, of_bias
+        of_logits = torch.ops.aten.log_sigmoid_backward(signs.neg_(), signed, exponential)  # −z σ(−z logit)
+        of_shared = []
+        if self.scale is None:
+            of_shared.append(torch.dot(of_logits.flatten(), s.flatten()))
+        if self.bias is None:
+            of_shared.append(of_logits.sum())
+        return value, of_logits.mul_(shared[0] if self.scale is None else self.scale), *of_shared
+
+    def _logits(self, s: Tensor, shared: tuple[Tensor, ...]) -> Tensor:
+        bias = shared[-1] if self.bias is None else s.new_full((), self.bias)
+        return s * shared[0] + bias if self.scale is None else torch.add(bias, s, alpha=self.scale)
 
 
 def _signs(positives: Tensor, dtype: torch.dtype) -> Tensor:
     """z: 1 for positives, −1 for all other pairs."""
-    return as_bytes(positives).to(dtype).mul_(2).sub_(1)
-
-
-_row_loss = _RowLoss()
+    flags = as_bytes(positives).to(dtype)
+    return torch.add(flags.new_full((), -1), flags, alpha=2)
 
 
 class SigmoidLoss(nn.Module):
@@ -213,7 +227,7 @@ class SigmoidLoss(nn.Module):
         """
         s = check_pairs(similarity, positives)
         scale, bias = self._scale_and_bias(s.dtype, s.device)
-        return sigmoid_loss(s, positives, scale=scale, bias=bias, reduction=self.reduction)
+        return _of_checked(s, positives, scale, bias, self.reduction)
 
     def from_embeddings(
         self,

@@ -24,9 +24,10 @@ class Matching(NamedTuple):
 
     images: Tensor  # (n,) int64
     texts: Tensor  # (m,)
+    distractors: bool  # whether some may have no match
 
     def select(self, rows: Tensor, columns: Tensor) -> Matching:
-        return Matching(self.images[rows], self.texts[columns])
+        return Matching(self.images[rows], self.texts[columns], self.distractors)
 
 
 def resolve_matching(
@@ -44,12 +45,13 @@ def resolve_matching(
     check_choice("unmatched", unmatched, ("error", "distractor"))
     n, m = counts
     images = torch.arange(n, device=device)
+    source: tuple[str, str] | None  # names of what can leave images and texts without a match; None: nothing does
     if captions_per_image is not None:
         if image_ids is not None or text_ids is not None:
             raise ValueError("captions_per_image and ids exclude one another, got both")
         captions = _captions_of_each(captions_per_image, n, m)
         texts = torch.repeat_interleave(images, captions.to(device), output_size=m)
-        source = ("captions_per_image", "captions_per_image")
+        source = ("captions_per_image", "captions_per_image") if captions.min() < 1 else None
     elif text_ids is None:
         if image_ids is not None:
             raise ValueError("text_ids must be given with image_ids, got None")
@@ -58,14 +60,15 @@ def resolve_matching(
                 f"without ids or captions_per_image there must be as many texts as images, got {n} images and {m} texts"
             )
         texts = images
-        source = ("", "")  # everything has a match
+        source = None
     else:
         texts = _id_tensor("text_ids", text_ids, m, device)
         if image_ids is not None:
             images = _id_tensor("image_ids", image_ids, n, device)
         source = ("image_ids" if image_ids is not None else "text_ids", "text_ids")
-    matching = Matching(images, texts)
-    _check_matched(matching, source, unmatched)
+    matching = Matching(images, texts, unmatched == "distractor")
+    if source is not None:
+        _check_matched(matching, source)
     return matching
 
 
@@ -131,10 +134,10 @@ def _whole_numbers(name: str, values: object, wanted: str) -> np.ndarray:
     return array
 
 
-def _check_matched(matching: Matching, source: tuple[str, str], unmatched: str) -> None:
+def _check_matched(matching: Matching, source: tuple[str, str]) -> None:
     lone_images = ~torch.isin(matching.images, matching.texts)
     lone_texts = ~torch.isin(matching.texts, matching.images)
-    if unmatched == "distractor":
+    if matching.distractors:
         if lone_images.all():
             raise ValueError("image_ids and text_ids have no id in common: there is nothing to retrieve")
         return
@@ -195,12 +198,12 @@ def nearly_repeated(rows: Tensor, apart: float) -> int | None:
     In another batch an encoder gives the same image other last bits.
     """
     n, at_once = len(rows), max(1, 2**20 // rows.shape[1])
+    if n < 2 or (rows[1].double() - rows[0]).norm() > apart:  # as a rule
+        return None
     near = [torch.ones(0, dtype=torch.bool, device=rows.device)]
     for start in range(0, n - 1, at_once):
         part = rows[start : start + at_once + 1].double()
         near.append((part[1:] - part[:-1]).norm(dim=1) <= apart)
-        if start == 0 and not near[-1][0]:
-            return None
     ends = torch.cat([~torch.cat(near), torch.ones(1, dtype=torch.bool, device=rows.device)])
     run = int(ends.long().argmax()) + 1
     expected = (torch.arange(1, n + 1, device=rows.device) % run) == 0

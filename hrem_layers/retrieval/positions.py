@@ -18,6 +18,11 @@ from hrem_layers.retrieval.similarity import Cosines, Given
 # A block of matching pairs is as wide as the texts of all its images together, so the lower it is, the fewer pairs
 # that do not match are computed with them; but a block that is very low costs more calls than products.
 _LOWEST_BLOCK, _HIGHEST_BLOCK = 16, 256
+# Where so many pairs match for each item, at most, they are multiplied one by one.
+_FEW_MATCHES = 4
+# Up to so many multiplications, all of them in float64 take less time than the steps of a screen. Beside them the
+# comparisons of a pair take as long as so many.
+_FEW_PRODUCTS, _COMPARISONS = 2**26, 64
 # Counts within a block are sums of ones in float32.
 _LARGEST_CHUNK = 2**20
 
@@ -41,7 +46,7 @@ def items_ahead(
     image_ahead = torch.zeros_like(image_ids)
     text_ahead = torch.zeros_like(text_ids)
     screen = None
-    if isinstance(similarity, Cosines) and float32_is_exact_enough(similarity.images):
+    if isinstance(similarity, Cosines) and _screen_pays(similarity) and float32_is_exact_enough(similarity.images):
         screen = Screen(similarity, best.image, best.text, ties, chunk_size)
     for columns in _slices(len(text_ids), chunk_size):
         for rows in _slices(len(image_ids), chunk_size):
@@ -62,6 +67,11 @@ def items_ahead(
     return image_ahead, text_ahead
 
 
+def _screen_pays(similarity: Cosines) -> bool:
+    images, width = similarity.images.shape
+    return images * len(similarity.texts) * (width + _COMPARISONS) > _FEW_PRODUCTS
+
+
 class BestMatches:
     """The largest similarity of each image and each text with any that matches it, and how many matches have it."""
 
@@ -74,6 +84,15 @@ class BestMatches:
     @classmethod
     def of(cls, similarity: Cosines | Given, image_ids: Tensor, text_ids: Tensor, chunk_size: int) -> BestMatches:
         best = cls(similarity, image_ids, text_ids)
+        pairs = _matching_pairs(image_ids, text_ids, _FEW_MATCHES * (len(image_ids) + len(text_ids)))
+        if pairs is not None:
+            exact = similarity.pairs(*pairs)
+            for queries, found, ties in zip(
+                pairs, (best.image, best.text), (best.image_ties, best.text_ties), strict=True
+            ):
+                found.scatter_reduce_(0, queries, exact, "amax")
+                ties.index_add_(0, queries, (exact == found[queries]).long())
+            return best
         for rows, columns in _matching_blocks(image_ids, text_ids, chunk_size):
             match = image_ids[rows, None] == text_ids[columns]
             block = similarity.block(rows, columns)
@@ -89,6 +108,21 @@ def _add_matches(best: Tensor, ties: Tensor, queries: Tensor, block: Tensor, mat
     equal = ((block == after[:, None]) & match).sum(dim=1)
     ties[queries] = torch.where(after == before, ties[queries], 0) + equal
     best[queries] = after
+
+
+def _matching_pairs(image_ids: Tensor, text_ids: Tensor, most: int) -> tuple[Tensor, Tensor] | None:
+    """(p,) rows and columns of all pairs that match; None if they are more than ``most``."""
+    order = text_ids.argsort()
+    sorted_texts = text_ids[order]
+    starts = torch.searchsorted(sorted_texts, image_ids)
+    counts = torch.searchsorted(sorted_texts, image_ids, right=True) - starts
+    total = int(counts.sum())
+    if total > most:
+        return None
+    rows = torch.repeat_interleave(counts, output_size=total)
+    before = counts.cumsum(dim=0) - counts  # pairs of earlier rows
+    places = torch.arange(total, device=rows.device) + (starts - before)[rows]
+    return rows, order[places]
 
 
 def _matching_blocks(image_ids: Tensor, text_ids: Tensor, chunk_size: int) -> Iterator[tuple[Tensor, Tensor]]:

@@ -76,14 +76,14 @@ class Screen:
     def _product(self, images: _Queries, texts: _Queries, columns: slice) -> tuple[Tensor, Tensor]:
         """The block in float32, and a tensor like it to compute in."""
         if self.factor is None or self.factor[0] != columns:  # the same for a whole column of blocks
-            self.factor = columns, self.similarity.texts.index_select(0, texts.items).T.float().contiguous()
+            self.factor = columns, self.similarity.texts.index_select(0, texts.items).float()
         left, right = self.similarity.images.index_select(0, images.items).float(), self.factor[1]
-        shape = len(left), right.shape[1]
+        shape = len(left), len(right)
         product, other = (buffer[: math.prod(shape)].view(shape) for buffer in self.buffers)
         with autocast_off(left.device):
             for part in self.parts:
                 target = product if part.start == 0 else other
-                torch.mm(left[:, part], right[part], out=target)
+                torch.mm(left[:, part], right[:, part].T, out=target)
                 if target is other:
                     product += other
         return product, other

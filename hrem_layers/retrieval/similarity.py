@@ -19,8 +19,9 @@ from torch import Tensor
 from hrem_layers._core.checks import describe
 
 FIXED_POINT_ONE = 2**26
-# Elements that are worked on at a time: their float64 copies fit a core's own cache.
-_PART = 2**16
+# Elements that are worked on at a time: their float64 copies are about as large as a core's own cache. With fewer, what
+# takes the time is the number of calls.
+_PART = 2**17
 # Squares of float64 numbers beyond these over- or underflow; a power of two scales without rounding.
 _LARGE, _SMALL, _SCALE = 2.0**500, 2.0**-400, 2.0**600
 
@@ -79,6 +80,9 @@ class Given(NamedTuple):
             rows = rows[:, None]
         return self.similarity[rows, columns].to(self.dtype)
 
+    def pairs(self, rows: Tensor, columns: Tensor) -> Tensor:
+        return self.similarity[rows, columns].to(self.dtype)
+
     def select(self, rows: Tensor, columns: Tensor) -> Given:
         return Given(self.similarity[rows[:, None], columns])
 
@@ -93,15 +97,17 @@ def fixed_point(name: str, embedding: Tensor) -> Tensor:
     count, width = embedding.shape
     fixed = torch.empty(embedding.shape, dtype=torch.int32, device=exact_device(embedding))
     finite = torch.empty(count, dtype=torch.bool, device=fixed.device)
-    at_once = max(1, _PART // width)
+    at_once = max(1, min(count, _PART // width))
+    # room for all parts: memory that was never touched costs more than what is written into it
+    wide, squares = (torch.empty(at_once, width, dtype=torch.float64, device=fixed.device) for _ in range(2))
     for start in range(0, count, at_once):
-        part = embedding[start : start + at_once].to(fixed.device)
-        part = _scaled(part) if part.dtype == torch.float64 else part.double()
-        norm = ordered_sum(part.square()).sqrt_()
+        given = embedding[start : start + at_once].detach().to(fixed.device)
+        part = wide[: len(given)].copy_(_scaled(given) if given.dtype == torch.float64 else given)
+        norm = ordered_sum(torch.square(part, out=squares[: len(given)])).sqrt_()
         # without under- or overflow, a sum of squares is finite if and only if every element is
         finite[start : start + at_once] = norm[:, 0].isfinite()
         unit = torch.where(norm > 0, norm, 1.0).div_(FIXED_POINT_ONE)
-        fixed[start : start + at_once] = (part / unit).round_()
+        fixed[start : start + at_once] = part.div_(unit).round_()
     if not finite.all():
         bad = (~finite).nonzero()[:, 0]
         raise ValueError(
@@ -122,7 +128,7 @@ def ordered_sum(values: Tensor) -> Tensor:
     length = values.shape[1]
     while length > 1:
         half = length // 2
-        values[:, :half] += values[:, half : 2 * half]
+        values[:, :half].add_(values[:, half : 2 * half])  # += would copy the result onto itself
         if length % 2:
             values[:, half] = values[:, length - 1]
         length = half + length % 2
