@@ -74,3 +74,10 @@ def test_images_that_are_alike_are_no_copies() -> None:
     uneven = torch.cat([images[:5], images[5:] + 1e-6 * torch.randn(35, 16)])[:-1]
     for rows in (images + 1e-2 * torch.randn(40, 16), uneven[4:], torch.ones(6, 16) + 1e-6 * torch.randn(6, 16)):
         retrieval_metrics(rows, rows)
+
+
+def test_an_image_of_no_captions_is_an_error_or_a_distractor() -> None:
+    images, texts = torch.eye(2), torch.eye(2)[[1, 1, 1]]
+    with pytest.raises(ValueError, match="captions_per_image: 1 of 2 images have no text"):
+        retrieval_metrics(images, texts, captions_per_image=[0, 3])
+    assert retrieval_metrics(images, texts, captions_per_image=[0, 3], unmatched="distractor").i2t.num_queries == 1

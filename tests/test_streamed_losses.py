@@ -164,6 +164,17 @@ def test_a_small_similarity_is_made_whole(name, reduction, n, m, seed, matrix):
     assert_same(actual, expected, leaves)
 
 
+@every_loss
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_one_bad_embedding_makes_a_small_loss_nan(name, bad, monkeypatch):
+    monkeypatch.setattr(_streamed, "CHUNK_ELEMENTS", 2**40)
+    x, y, image_ids, text_ids = case(6, 7)
+    y.data[4, 2] = bad
+    value = streamed(LOSSES[name]("mean").double(), x, y, image_ids=image_ids, text_ids=text_ids, normalize=False)
+    assert value.isnan()
+    assert torch.autograd.grad(value, x)[0].isnan().any()
+
+
 def test_what_counts_as_small(monkeypatch):
     monkeypatch.setattr(_streamed, "CHUNK_ELEMENTS", 20)
     taken = []
