@@ -29,6 +29,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 import hrem_layers.loss
 from hrem_layers import ALONE, AssociationGraph, HREMLoss, RelationInteraction, TripletLoss
+from hrem_layers.losses import _streamed
 
 PRODUCTS = {"mm": 0, "bmm": 0, "addmm": 1, "baddbmm": 1, "addmm_": 1, "baddbmm_": 1, "mm_out": 0}
 ATTENTION = "aten::_scaled_dot_product"
@@ -177,6 +178,8 @@ def measure(rank: int, world: int, options: argparse.Namespace, name: str, folde
     dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=world)
     pairs = hrem_layers.loss.Pairs
     pairs.loss = marked(pairs.loss)
+    if not options.memory:
+        _streamed.CPU_TILE = 1  # more than one chunk of anchors, as of a large batch: one holds both ways at once
     torch.manual_seed(0)
     loss = HREMLoss(
         options.dim,
