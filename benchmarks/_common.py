@@ -181,6 +181,11 @@ def tensors_peak_mb(work: Callable[[], object]) -> float:
     """
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
         work()
+    return recorded_peak_mb(record)
+
+
+def recorded_peak_mb(record: profile) -> float:
+    """:func:`tensors_peak_mb` of a profile that was made with ``profile_memory=True``."""
     with tempfile.TemporaryDirectory() as folder:
         record.export_chrome_trace(f"{folder}/trace.json")
         events = json.loads(Path(folder, "trace.json").read_text())["traceEvents"]

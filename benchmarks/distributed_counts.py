@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from _common import extra_peak_mb, section, table, tensors_peak_mb
+from _common import extra_peak_mb, recorded_peak_mb, section, table
 from torch.profiler import ProfilerActivity, profile, record_function
 
 import hrem_layers.loss
@@ -82,10 +82,15 @@ def kind_of(event) -> str:
     return "rest"
 
 
-def counted(work) -> Counter:
+def counted(work: Callable[[], object]) -> Counter:
     """FLOP of the products in ``work()``, by kind: :data:`KINDS`."""
     with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as record:
         work()
+    return recorded_flops(record)
+
+
+def recorded_flops(record: profile) -> Counter:
+    """:func:`counted` of a profile that was made with ``record_shapes=True``."""
     flops = Counter()
     for event in record.events():
         amount = product_flops(event.name, event.input_shapes)
@@ -198,19 +203,19 @@ def measure(rank: int, world: int, options: argparse.Namespace, name: str, folde
         wanted = [*inputs, *loss.parameters()]  # leaves no gradients behind, which another step would add to
         return lambda: torch.autograd.grad(loss(*inputs), wanted, allow_unused=True)
 
-    peak = tensors = 0.0
+    peak = 0.0
     if options.memory:
         work(2 * options.candidates)()  # loads what is loaded at the first call
     step = work(items // world)
     if options.memory:
         dist.barrier()
         peak = extra_peak_mb(step)
-        with each_collective(settled):
-            tensors = tensors_peak_mb(step)
-    with received(world) as volume:
-        flops = counted(step)
+    recording = profile(activities=[ProfilerActivity.CPU], record_shapes=True, profile_memory=True)
+    with received(world) as volume, each_collective(settled), recording as record:
+        step()
+    own = dict(recorded_flops(record)), dict(volume), {"tensors": recorded_peak_mb(record), "peak": peak}
     everyone: list = [None] * world
-    dist.all_gather_object(everyone, (dict(flops), dict(volume), {"tensors": tensors, "peak": peak}))
+    dist.all_gather_object(everyone, own)
     places = enumerate((KINDS, COLLECTIVES, ("tensors", "peak")))
     largest = [{key: max(counts[place].get(key, 0) for counts in everyone) for key in keys} for place, keys in places]
     if rank == 0:

@@ -1,5 +1,7 @@
-"""The alignment stays within a factor of a bare matrix product. Ratios only, of processor time on one thread: what else
-runs on the machine matters little to it. The bounds leave room for noise; docs/performance.md has the real figures.
+"""The alignment stays ahead of plain PyTorch, and near a bare matrix product. Ratios only, of processor time on one
+thread: what else runs on the machine matters little to them. How near the product is hangs on the processor, as what
+follows it waits for memory and the product does not: the bounds leave room for that and for noise, and
+docs/performance.md has the real figures.
 """
 
 from __future__ import annotations
@@ -8,11 +10,18 @@ import time
 
 import pytest
 import torch
+from support import benchmark
 
 from hrem_layers import AssociationGraph, align_fragments
 
 N, REGIONS, SHORTEST, LONGEST, DIM = 64, 36, 8, 24, 512
 TRIES, ROUNDS = 3, 5
+dense = benchmark("_baselines").dense
+
+
+@pytest.fixture(autouse=True)
+def _uninitialized_is_nan():
+    """Not here: it writes to all memory that is asked for."""
 
 
 @pytest.fixture(autouse=True)
@@ -29,46 +38,60 @@ def batch():
     return images, texts, torch.arange(LONGEST) < lengths
 
 
-def best_ratio(work, matmul):
-    """Of a few rounds in turn, the best time of ``work`` over that of ``matmul``."""
-    seconds = {work: [], matmul: []}
-    for run in (work, matmul):
+def best_ratio(work, other):
+    """Of a few rounds in turn, the best time of ``work`` over that of ``other``."""
+    seconds = {work: [], other: []}
+    for run in (work, other):
         run()
     for _ in range(ROUNDS):
         for run, found in seconds.items():
             start = time.process_time()
             run()
             found.append(time.process_time() - start)
-    return min(seconds[work]) / min(seconds[matmul])
+    return min(seconds[work]) / min(seconds[other])
 
 
-def check(work, images, texts, mask, bound):
-    words, regions = texts[mask], images.flatten(0, 1)
+def check(work, other, bound):
     ratios = []
     for _ in range(TRIES):
-        ratios.append(best_ratio(work, lambda: words @ regions.t()))
+        ratios.append(best_ratio(work, other))
         if ratios[-1] <= bound:
             return
-    pytest.fail(f"took {', '.join(f'{x:.2f}' for x in ratios)} times the bare product, {bound} are allowed")
+    pytest.fail(f"took {', '.join(f'{x:.2f}' for x in ratios)} times as long, {bound} is allowed")
 
 
-def test_graph_forward():
+def test_dense_is_the_same():
+    images, texts, mask = batch()
+    for x, y in zip(align_fragments(images, texts, None, mask), dense(images, texts, mask), strict=True):
+        torch.testing.assert_close(x, y)
+
+
+def test_graph_forward_against_a_product():
     images, texts, mask = batch()
     embeddings = torch.randn(2, N, DIM)
     graph = AssociationGraph()
+    words, regions = texts[mask], images.flatten(0, 1)
 
     @torch.no_grad()
     def forward():
         graph(*embeddings, images, texts, None, mask)
 
-    check(forward, images, texts, mask, 2.5)
+    check(forward, lambda: words @ regions.t(), 2.5)
 
 
-def test_alignment_forward_and_backward():
+def test_alignment_against_dense_pytorch():
+    images, texts, mask = batch()
+    check(lambda: align_fragments(images, texts, None, mask), lambda: dense(images, texts, mask), 0.8)
+
+
+def test_alignment_forward_and_backward_against_dense_pytorch():
     images, texts, mask = batch()
 
-    def step():
+    def step(align):
         inputs = [x.detach().requires_grad_() for x in (images, texts)]
-        sum(x.square().sum() for x in align_fragments(*inputs, None, mask)).backward()
+        sum(x.square().sum() for x in align(*inputs)).backward()
 
-    check(step, images, texts, mask, 6.5)
+    def ours():
+        step(lambda images, texts: align_fragments(images, texts, None, mask))
+
+    check(ours, lambda: step(lambda images, texts: dense(images, texts, mask)), 0.8)
