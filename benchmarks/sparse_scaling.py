@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 from _common import extra_peak_mb, in_own_process, make_batch, section, status_kib, table
 
-import hrem_layers.graph
+import hrem_layers.relations.lists
 from hrem_layers import AssociationGraph, HREMLoss, InfoNCELoss, RelationInteraction, SigmoidLoss, TripletLoss
 from hrem_layers.losses.terms import Pairs
 
@@ -55,7 +55,7 @@ def timed(owner: object, name: str, part: str, seconds: Counter, clock: str) -> 
 def measure(n: int, options: argparse.Namespace) -> dict[str, float]:
     torch.set_num_threads(options.threads)
     seconds: Counter = Counter()
-    timed(hrem_layers.graph, "nearest_rows", "search", seconds, options.clock)
+    timed(hrem_layers.relations.lists, "nearest_rows", "search", seconds, options.clock)
     timed(Pairs, "loss", "pair losses", seconds, options.clock)
     torch.manual_seed(0)
     loss = HREMLoss(

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -27,14 +25,11 @@ from hrem_layers._core.checks import (
     check_sides,
     check_tensor,
     check_weights,
-    said,
 )
 from hrem_layers._core.exchange import ALONE, Alone, Exchange, check_exchange
-from hrem_layers._core.numerics import autocast_dtype, autocast_off, compute_dtype, module_dtype
-from hrem_layers._core.recompute import recompute
-from hrem_layers.alignment import MODES, Scores, align_fragments
-from hrem_layers.alignment.candidates import align_candidates
-from hrem_layers.alignment.parts import Part, align_in_parts
+from hrem_layers._core.numerics import autocast_dtype, autocast_off, compute_dtype
+from hrem_layers.alignment import MODES
+from hrem_layers.cross_modal import Alignment, Direction, Fragments, Weigher, relevance_mlp
 from hrem_layers.relations import (
     Cosines,
     RelationBlock,
@@ -45,7 +40,7 @@ from hrem_layers.relations import (
     nearest,
     pair_cosines,
 )
-from hrem_layers.relations.neighbors import edge_cosines, exact_units, nearest_rows
+from hrem_layers.relations.lists import block_within, find_lists
 from hrem_layers.relations.sparse import (
     AnyGraph,
     SparseRelationBlock,
@@ -56,26 +51,7 @@ from hrem_layers.relations.sparse import (
     list_divergence,
 )
 
-Alignment = Callable[[Tensor, Tensor, Tensor | None, Tensor | None, int], Scores]
-"""``(image_fragments, text_fragments, image_mask, text_mask, topk) -> Scores``."""
-
 _ROUNDING = 4 * sys.float_info.epsilon
-
-
-class _Fragments(NamedTuple):
-    """This process's own."""
-
-    images: Tensor
-    texts: Tensor
-    image_mask: Tensor | None
-    text_mask: Tensor | None
-
-
-class _Direction(NamedTuple):
-    """Across the modalities, rows receive: p and S of all pairs (N, M), or of the candidates (N, k)."""
-
-    mean: Tensor
-    relevance: Tensor
 
 
 class AssociationGraph(nn.Module):
@@ -154,8 +130,8 @@ class AssociationGraph(nn.Module):
         self.candidates = None if candidates is None else check_int("candidates", candidates, minimum=1)
         if own and self.candidates is not None:
             raise ValueError("candidates must be None with an alignment of your own, which aligns all pairs")
-        self.mlp_i2t = _relevance_mlp(self.topk)
-        self.mlp_t2i = _relevance_mlp(self.topk)
+        self.mlp_i2t = relevance_mlp(self.topk)
+        self.mlp_t2i = relevance_mlp(self.topk)
 
     def extra_repr(self) -> str:
         return (
@@ -218,7 +194,7 @@ class AssociationGraph(nn.Module):
 
         if self.detach_fragments:
             image_fragments, text_fragments = image_fragments.detach(), text_fragments.detach()
-        fragments = _Fragments(image_fragments, text_fragments, image_mask, text_mask)
+        fragments = Fragments(image_fragments, text_fragments, image_mask, text_mask)
         excluded: Tensor | PairIds | None = None
         if self.exclude_positives:
             excluded = pair_ids(n, image_ids, image_index, device) if positives is None else positives
@@ -288,134 +264,53 @@ class AssociationGraph(nn.Module):
         return guide_divergence(graph, cosines.across, self.sigma, squared=self.squared_distance, dtype=wide)
 
     def _across(
-        self, fragments: _Fragments, excluded: Tensor | None, exchange: Exchange
+        self, fragments: Fragments, excluded: Tensor | None, exchange: Exchange
     ) -> tuple[RelationBlock, RelationBlock]:
         """Edges and relevance of both directions, (N, M) and (M, N)."""
-        i2t, t2i = self._all_pairs(fragments, exchange)
+        weigher = self._weigher()
+        i2t, t2i = weigher.all_pairs(fragments, exchange)
         n, m = i2t.mean.shape
         allowed = None if excluded is None else ~excluded
         back = None if allowed is None else allowed.t()
         return (
-            RelationBlock(nearest(i2t.mean, self._neighbors(m), scale=self._scale, allowed=allowed), i2t.relevance),
-            RelationBlock(nearest(t2i.mean, self._neighbors(n), scale=self._scale, allowed=back), t2i.relevance),
+            RelationBlock(nearest(i2t.mean, self._neighbors(m), scale=weigher.scale, allowed=allowed), i2t.relevance),
+            RelationBlock(nearest(t2i.mean, self._neighbors(n), scale=weigher.scale, allowed=back), t2i.relevance),
         )
 
     def _lists(
-        self, v: Tensor, u: Tensor, fragments: _Fragments, excluded: Tensor | PairIds | None, exchange: Exchange
+        self, v: Tensor, u: Tensor, fragments: Fragments, excluded: Tensor | PairIds | None, exchange: Exchange
     ) -> SparseRelationGraph:
         """The graph of ``candidates=k``. The nodes are found, aligned and weighed by their lists alone."""
         assert self.candidates is not None
-        (n, m), k = (v.shape[0], u.shape[0]), self.candidates
+        n, m, weigher = v.shape[0], u.shape[0], self._weigher()
         wide, dtype = compute_dtype(v.dtype), _result_dtype(v)
-        images, texts = exchange.own("image", n), exchange.own("text", m)  # this process's rows
-        alone = isinstance(exchange, Alone)
+
+        def relevance(cosine: Tensor) -> Tensor:
+            return self._within(cosine, wide).to(dtype)
+
         with autocast_off(v.device):
-            of_fragments = compute_dtype(fragments.images.dtype)
+            dtypes = wide, compute_dtype(fragments.images.dtype)
+            lists = find_lists(v, u, self.candidates, self._neighbors, exchange, dtypes=dtypes)
+            i2i = block_within("image", v, lists.i2i, exchange, relevance)
+            t2t = block_within("text", u, lists.t2t, exchange, relevance)
+        found = weigher.candidates(fragments, lists.i2t, lists.t2i, exchange)
 
-            def search(own: Tensor, other: Tensor, embedding: Tensor) -> tuple[Tensor, Tensor]:
-                """Units of own rows, of a side and of the other one: the nearest to both among all of the first. Over
-                several processes these are there in float64 for one side at a time."""
-                units, count = own if alone else exact_units(embedding.detach()), embedding.shape[0]
-                near = nearest_rows(own, units, min(k, self._neighbors(count)), wide)
-                return near, nearest_rows(other, units, min(k, count), of_fragments)
-
-            own_images, own_texts = exact_units(v.detach()[images]), exact_units(u.detach()[texts])
-            near_images, t2i = search(own_images, own_texts, v)
-            near_texts, i2t = search(own_texts, own_images, u)
-            del own_images, own_texts
-
-            def within(side: str, embedding: Tensor, index: Tensor) -> SparseRelationBlock:
-                def weigh(own: Tensor) -> Tensor:
-                    units = exact_units(own)
-                    everyone = units if alone else exchange.share_rows(side, units, exact_units(embedding.detach()))
-                    return self._within(edge_cosines(units, everyone, index), wide).to(dtype)
-
-                relevance = recompute(weigh, exchange.own_rows(side, embedding))
-                edges = torch.ones_like(index, dtype=torch.bool)
-                return SparseRelationBlock(index, relevance, edges, embedding.shape[0])
-
-            i2i, t2t = within("image", v, near_images), within("text", u, near_texts)
-        found = self._candidate_pairs(fragments, i2t, t2i, exchange)
-
-        def across(found: _Direction, index: Tensor, count: int, allowed: Tensor | None) -> SparseRelationBlock:
+        def across(found: Direction, index: Tensor, count: int, allowed: Tensor | None) -> SparseRelationBlock:
             neighbors = min(self._neighbors(count), index.shape[1])
-            edges = nearest(found.mean, neighbors, scale=self._scale, allowed=allowed)
+            edges = nearest(found.mean, neighbors, scale=weigher.scale, allowed=allowed)
             return SparseRelationBlock(index, found.relevance.to(dtype), edges, count)
 
+        not_i2t = not_t2i = None
+        if excluded is not None:
+            not_i2t = ~pairs_at(excluded, lists.i2t, exchange.own("image", n))
+            not_t2i = ~pairs_at(turn_pairs(excluded), lists.t2i, exchange.own("text", m))
         return assemble(
-            i2i,
-            across(found[0], i2t, m, None if excluded is None else ~pairs_at(excluded, i2t, images)),
-            across(found[1], t2i, n, None if excluded is None else ~pairs_at(turn_pairs(excluded), t2i, texts)),
-            t2t,
-            excluded,
-            None if alone else exchange,
-        )
+            i2i, across(found[0], lists.i2t, m, not_i2t), across(found[1], lists.t2i, n, not_t2i), t2t,
+            excluded, None if isinstance(exchange, Alone) else exchange,
+        )  # fmt: skip
 
-    @property
-    def _scale(self) -> float | None:
-        """The magnitude of p of which an ulp is meant; None = the largest of the row."""
-        return 1.0 if self.alignment in ("cosine", "scan") else None
-
-    def _all_pairs(self, fragments: _Fragments, exchange: Exchange) -> tuple[_Direction, _Direction]:
-        """p and S of all pairs. Each process aligns its own texts with all images (or its images with all texts,
-        if those are the cheaper ones to send), and p and S are put together; q stays where it was made."""
-        images, texts, image_mask, text_mask = fragments
-        if exchange.travels == "image":
-            images, image_mask = exchange.gather_fragments("image", images, image_mask)
-        else:
-            texts, text_mask = exchange.gather_fragments("text", texts, text_mask)
-        aligned = self._align(images, texts, image_mask, text_mask)
-        means = exchange.gather_pairs(aligned.mean_i2t.detach(), aligned.mean_t2i.detach())  # for the connection
-        relevances = exchange.gather_pairs(
-            _relevance(self.mlp_i2t, aligned.top_i2t, aligned.mean_i2t),
-            _relevance(self.mlp_t2i, aligned.top_t2i, aligned.mean_t2i),
-        )
-        return _Direction(means[0], relevances[0]), _Direction(means[1], relevances[1])
-
-    def _align(self, images: Tensor, texts: Tensor, image_mask: Tensor | None, text_mask: Tensor | None) -> Scores:
-        if isinstance(self.alignment, str):
-            return align_fragments(
-                images, texts, image_mask, text_mask,
-                topk=self.topk, mode=self.alignment, chunk_size=self.chunk_size,
-            )  # fmt: skip
-        scores = self.alignment(images, texts, image_mask, text_mask, self.topk)
-        if not isinstance(scores, Scores):
-            raise TypeError(f"alignment must return hrem_layers.Scores, got {said(scores)}")
-        n, m = images.shape[0], texts.shape[0]
-        shapes = (n, m), (m, n), (n, m, self.topk), (m, n, self.topk)
-        for name, x, shape in zip(Scores._fields, scores, shapes, strict=True):
-            check_tensor(f"what alignment returns as {name}", x, shape, device=images.device)
-        return scores
-
-    def _candidate_pairs(
-        self, fragments: _Fragments, i2t: Tensor, t2i: Tensor, exchange: Exchange
-    ) -> tuple[_Direction, _Direction]:
-        """p and S of the candidates of this process's rows, (n, k) and (m, k), which ``i2t`` and ``t2i`` name."""
-        images, texts, image_mask, text_mask = fragments
-        mode = check_choice("alignment", self.alignment, MODES)
-        # backward would need all of them again
-        at_once = torch.is_grad_enabled() and (images.requires_grad or texts.requires_grad)
-
-        def align(side: str, rows: Tensor, mask: Tensor | None, index: Tensor, mlp: nn.Module) -> _Direction:
-            other = "text" if side == "image" else "image"
-            given = (texts, text_mask) if side == "image" else (images, image_mask)
-            parts = None if at_once else exchange.parts(other, given[0], index)
-            if parts is None:
-                others, others_mask, where = exchange.fetch_fragments(other, *given, index)
-                mean, top = align_candidates(
-                    rows, others, mask, others_mask, where, topk=self.topk, mode=mode, chunk_size=self.chunk_size
-                )
-            else:
-                fetched = (Part(ids, *exchange.fetch_fragments(other, *given, ids)[:2]) for ids in parts)
-                mean, top = align_in_parts(
-                    rows, mask, index, fetched, topk=self.topk, mode=mode, chunk_size=self.chunk_size
-                )
-            return _Direction(mean.detach(), _relevance(mlp, top, mean))
-
-        return (
-            align("image", images, image_mask, i2t, self.mlp_i2t),
-            align("text", texts, text_mask, t2i, self.mlp_t2i),
-        )
+    def _weigher(self) -> Weigher:
+        return Weigher(self.alignment, self.topk, self.chunk_size, self.mlp_i2t, self.mlp_t2i)
 
     def _within(self, cosine: Tensor, dtype: torch.dtype) -> Tensor:
         return distance_relevance(cosine, self.sigma, squared=self.squared_distance, dtype=dtype)
@@ -431,14 +326,3 @@ def _assemble(i2i: Tensor, i2t: Tensor, t2i: Tensor, t2t: Tensor) -> Tensor:
 
 def _result_dtype(embedding: Tensor) -> torch.dtype:
     return embedding.dtype if autocast_dtype(embedding.device) is None else compute_dtype(embedding.dtype)
-
-
-def _relevance_mlp(topk: int) -> nn.Sequential:
-    return nn.Sequential(nn.Linear(topk, topk), nn.ReLU(), nn.Linear(topk, 1))
-
-
-def _relevance(mlp: nn.Module, top: Tensor, mean: Tensor) -> Tensor:
-    """MLP(q) + p: top (N, M, topk), mean (N, M) -> (N, M), in the dtype of ``mean``."""
-    q = top.to(module_dtype(mlp))  # p and q are float32 also when the module is half
-    learned: Tensor = mlp(q)
-    return learned.squeeze(-1).to(mean.dtype) + mean

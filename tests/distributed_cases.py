@@ -26,7 +26,8 @@ from torch import Tensor, nn
 
 import hrem_layers.distributed
 import hrem_layers.distributed.shares
-import hrem_layers.graph
+import hrem_layers.cross_modal
+import hrem_layers.relations.lists
 import hrem_layers.loss
 from hrem_layers import (
     ALONE,
@@ -363,10 +364,10 @@ def lists_are_those_of_the_own_rows(rank: int, world: int) -> None:
     model = Model(gather=True, candidates=2)
     layer = model.loss.interaction.layers[0]
     with (
-        recorded(hrem_layers.graph, "nearest_rows") as found,
+        recorded(hrem_layers.relations.lists, "nearest_rows") as found,
         recorded(layer.linear1, "forward") as fed,
         recorded(hrem_layers.loss.TripletLoss, "from_embeddings") as streamed,
-        recorded(hrem_layers.graph, "align_candidates") as aligned,
+        recorded(hrem_layers.cross_modal, "align_candidates") as aligned,
     ):
         model(*parts[rank])
     assert [(len(x), len(y)) for x, y, *_ in found] == [(own, everyone)] * 4
@@ -655,7 +656,7 @@ def recorded(module: object, name: str) -> Iterator[list[tuple]]:
 def alignment_is_done_once_over_the_ranks(rank: int, world: int) -> None:
     for widest_images in (4, 9):  # texts stay, images stay
         parts = ragged(world, widest_images=widest_images)
-        with recorded(hrem_layers.graph, "align_fragments") as calls:
+        with recorded(hrem_layers.cross_modal, "align_fragments") as calls:
             Model(gather=True)(*parts[rank])
         ((images, texts, *_),) = calls
         n, own = sum(part[0].shape[0] for part in parts), parts[rank][0].shape[0]
@@ -665,7 +666,7 @@ def alignment_is_done_once_over_the_ranks(rank: int, world: int) -> None:
 @case
 def candidates_are_aligned_once_over_the_ranks(rank: int, world: int) -> None:
     parts = ragged(world)
-    with recorded(hrem_layers.graph, "align_candidates") as calls:
+    with recorded(hrem_layers.cross_modal, "align_candidates") as calls:
         Model(gather=True, candidates=2)(*parts[rank])
     assert [call[4].shape for call in calls] == [(parts[rank][0].shape[0], 2)] * 2
 
@@ -678,12 +679,12 @@ def candidates_come_in_parts_where_they_are_more_than_a_share(rank: int, world: 
     least, shares._LEAST = shares._LEAST, {"cpu": 1}
     try:
         for parts in (ragged(world), even(world, 5), empty):
-            with recorded(hrem_layers.graph, "align_in_parts") as calls, recorded(shares, "fetch") as fetched:
+            with recorded(hrem_layers.cross_modal, "align_in_parts") as calls, recorded(shares, "fetch") as fetched:
                 check_equal(rank, parts, candidates=3, detach_fragments=True)
             own = parts[rank][0].shape[0]
             assert len(calls) == 2, "both directions"
             assert max(sum(path.received) for _, path in fetched) <= max(1, own // 4)
-        with recorded(hrem_layers.graph, "align_in_parts") as calls:
+        with recorded(hrem_layers.cross_modal, "align_in_parts") as calls:
             check_equal(rank, even(world, 5), candidates=3, detach_fragments=False)
         assert not calls, "backward needs all of them"
     finally:

@@ -48,6 +48,7 @@ AREAS = {
     "retrieval": ("test_retrieval*", *COMMON),
     "losses": ("test_streamed_losses", "test_negatives",
                 "test_pair_losses", "test_infonce", "test_sigmoid", "test_triplet", *COMMON),
+    "cross_modal.py": ("test_graph", "test_sparse", "test_candidates", *COMMON),
     "graph.py": ("test_graph", "test_sparse", "test_candidates", *COMMON),
     "relations": ("test_graph", "test_sparse", "test_candidates", "test_interaction", *COMMON),
     "interaction.py": ("test_interaction", "test_sparse", "test_candidates", *COMMON),
