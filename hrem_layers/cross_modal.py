@@ -48,9 +48,9 @@ class Weigher(NamedTuple):
     mlp_i2t: nn.Module
     mlp_t2i: nn.Module
 
-    @property
     def scale(self) -> float | None:
-        """The magnitude of p of which an ulp is meant where values tie; None = the largest of the row."""
+        """The magnitude of p of which an ulp is meant where values tie; None = the largest of the row. (No
+        property: the compiler of PyTorch 2.5 cannot trace one here.)"""
         return 1.0 if self.alignment in ("cosine", "scan") else None
 
     def all_pairs(self, fragments: Fragments, exchange: Exchange) -> tuple[Direction, Direction]:

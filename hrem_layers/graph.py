@@ -273,8 +273,8 @@ class AssociationGraph(nn.Module):
         allowed = None if excluded is None else ~excluded
         back = None if allowed is None else allowed.t()
         return (
-            RelationBlock(nearest(i2t.mean, self._neighbors(m), scale=weigher.scale, allowed=allowed), i2t.relevance),
-            RelationBlock(nearest(t2i.mean, self._neighbors(n), scale=weigher.scale, allowed=back), t2i.relevance),
+            RelationBlock(nearest(i2t.mean, self._neighbors(m), scale=weigher.scale(), allowed=allowed), i2t.relevance),
+            RelationBlock(nearest(t2i.mean, self._neighbors(n), scale=weigher.scale(), allowed=back), t2i.relevance),
         )
 
     def _lists(
@@ -297,7 +297,7 @@ class AssociationGraph(nn.Module):
 
         def across(found: Direction, index: Tensor, count: int, allowed: Tensor | None) -> SparseRelationBlock:
             neighbors = min(self._neighbors(count), index.shape[1])
-            edges = nearest(found.mean, neighbors, scale=weigher.scale, allowed=allowed)
+            edges = nearest(found.mean, neighbors, scale=weigher.scale(), allowed=allowed)
             return SparseRelationBlock(index, found.relevance.to(dtype), edges, count)
 
         not_i2t = not_t2i = None
