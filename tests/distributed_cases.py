@@ -24,11 +24,11 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor, nn
 
+import hrem_layers.cross_modal
 import hrem_layers.distributed
 import hrem_layers.distributed.shares
-import hrem_layers.cross_modal
-import hrem_layers.relations.lists
 import hrem_layers.loss
+import hrem_layers.relations.lists
 from hrem_layers import (
     ALONE,
     AssociationGraph,

@@ -609,11 +609,11 @@ def test_every_way_of_counting_is_the_same(n, m, width, ids, ties, seed, coarse,
     if given:
         similarity = Given((x @ y.T).masked_fill(torch.rand(n, m, generator=g) < 0.2, -torch.inf))
     found = []
-    for few_matches, few_products in itertools.product((0, 2**40), repeat=2):
+    for few_matches, few_products, chunk_size in itertools.product((0, 2**40), (0, 2**40), (7, 20)):  # 20: one block
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(positions, "_FEW_MATCHES", few_matches)
             patch.setattr(positions, "_FEW_PRODUCTS", few_products)
-            found.append(positions.items_ahead(similarity, image_ids, text_ids, ties, 7))
+            found.append(positions.items_ahead(similarity, image_ids, text_ids, ties, chunk_size))
     has_match = torch.isin(image_ids, text_ids), torch.isin(text_ids, image_ids)
     for other in found[1:]:
         for ours, theirs, asks in zip(other, found[0], has_match, strict=True):
@@ -621,12 +621,20 @@ def test_every_way_of_counting_is_the_same(n, m, width, ids, ties, seed, coarse,
 
 
 def test_which_way_is_taken(monkeypatch):
-    screened, blocks = [], []
-    screen, matching_blocks = positions.Screen, positions._matching_blocks
+    screened, blocks, products = [], [], []
+    screen, matching_blocks, product = positions.Screen, positions._matching_blocks, Cosines.block
     monkeypatch.setattr(positions, "Screen", lambda *a: screened.append(a) or screen(*a))
     monkeypatch.setattr(positions, "_matching_blocks", lambda *a: blocks.append(a) or matching_blocks(*a))
-    for count, ids, expected in ((20, 20, (0, 0)), (20, 2, (0, 1)), (1100, 1100, (1, 0))):
-        screened.clear(), blocks.clear()
-        x = torch.randn(count, 8)
-        retrieval_metrics(x, x, image_ids=torch.arange(count) % ids, text_ids=torch.arange(count) % ids)
-        assert (len(screened), len(blocks)) == expected
+    monkeypatch.setattr(Cosines, "block", lambda *a: products.append(a) or product(*a))
+    for count, ids, chunk_size, expected in (
+        (20, 20, None, (0, 0, 1)),  # one product, from which the best matches come too
+        (20, 2, None, (0, 1, 1)),
+        (20, 20, 10, (0, 0, 4)),
+        (2100, 2100, None, (1, 0, None)),  # a screen takes as many as it needs
+    ):
+        for calls in (screened, blocks, products):
+            calls.clear()
+        x, of = torch.randn(count, 8), torch.arange(count) % ids
+        retrieval_metrics(x, x, image_ids=of, text_ids=of, chunk_size=chunk_size)
+        assert (len(screened), len(blocks)) == expected[:2]
+        assert expected[2] in (len(products), None)

@@ -22,7 +22,7 @@ _LOWEST_BLOCK, _HIGHEST_BLOCK = 16, 256
 _FEW_MATCHES = 4
 # Up to so many multiplications, all of them in float64 take less time than the steps of a screen. Beside them the
 # comparisons of a pair take as long as so many.
-_FEW_PRODUCTS, _COMPARISONS = 2**26, 64
+_FEW_PRODUCTS, _COMPARISONS = 2**28, 64
 # Counts within a block are sums of ones in float32.
 _LARGEST_CHUNK = 2**20
 
@@ -42,6 +42,9 @@ def items_ahead(
     if chunk_size is None:
         chunk_size = 1024 if similarity.device.type == "cpu" else 8192
     chunk_size = min(chunk_size, _LARGEST_CHUNK)
+    if isinstance(similarity, Cosines) and not _screen_pays(similarity) and _is_one_block(similarity, chunk_size):
+        # once, for the best matches and for all pairs
+        similarity = Given(similarity.block(slice(None), slice(None)))
     best = BestMatches.of(similarity, image_ids, text_ids, chunk_size)
     image_ahead = torch.zeros_like(image_ids)
     text_ahead = torch.zeros_like(text_ids)
@@ -70,6 +73,10 @@ def items_ahead(
 def _screen_pays(similarity: Cosines) -> bool:
     images, width = similarity.images.shape
     return images * len(similarity.texts) * (width + _COMPARISONS) > _FEW_PRODUCTS
+
+
+def _is_one_block(similarity: Cosines, chunk_size: int) -> bool:
+    return len(similarity.images) * len(similarity.texts) <= chunk_size**2
 
 
 class BestMatches:
