@@ -11,6 +11,7 @@ import numpy.typing as npt
 from hrem_layers._core.checks import check_int
 from hrem_layers.sampler.arrays import Keys, random_keys, sort_by
 from hrem_layers.sampler.features import CentredFeatures, Features, Floats, check_features
+from hrem_layers.sampler.seeding import plus_plus
 
 _SAMPLE_BYTES = 2**28
 # The start is chosen from so many means of rows: 3 per cluster and 100 more, each of 5 rows or so.
@@ -149,8 +150,6 @@ def _fit(rows: Floats, number: int, iterations: int, keys: Keys) -> Any:
 
 def _start(rows: Floats, number: int, keys: Keys) -> Floats:
     """``number`` rows or means of rows to begin from."""
-    from sklearn.cluster import kmeans_plusplus
-
     weights = None
     number_of_means = _MEANS_PER_CLUSTER * number + _MORE_MEANS
     if len(rows) > number_of_means:
@@ -158,7 +157,7 @@ def _start(rows: Floats, number: int, keys: Keys) -> Floats:
         over = _k_means(some, some[:number_of_means], _ITERATIONS_TO_MEANS)
         rows, weights = over.cluster_centers_, np.bincount(over.labels_, minlength=number_of_means).astype(rows.dtype)
     state = int(keys[-1] >> np.uint64(32))
-    chosen, _ = kmeans_plusplus(rows, number, sample_weight=weights, random_state=state)
+    chosen = rows[plus_plus(rows, number, weights, state)]
     return _k_means(rows.copy(), chosen, _ITERATIONS_ON_MEANS, weights).cluster_centers_  # type: ignore[no-any-return]
 
 
