@@ -443,3 +443,16 @@ def test_numpy_numbers_are_numbers() -> None:
     numbers = {"seed": np.uint8(3), "sample_per_cluster": np.int32(20), "max_iter": np.int64(5)}
     expected = cluster_features(features, 4, **{name: int(number) for name, number in numbers.items()})
     assert np.array_equal(cluster_features(features, np.int16(4), **numbers), expected)
+
+
+@pytest.mark.parametrize("at_once", [1, 2**22])
+def test_what_it_costs_to_do_without_a_cluster(at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(clustering, "_AT_ONE_TIME", at_once)
+    random = np.random.default_rng(0)
+    rows, own, others = random.standard_normal((20, 3)), random.standard_normal((2, 3)), random.standard_normal((4, 3))
+    of = [np.array([3, 7, 1]), np.array([0, 19])]
+    expected = [
+        sum(np.square(rows[i] - others).sum(1).min() - np.square(rows[i] - centre).sum() for i in numbers)
+        for numbers, centre in zip(of, own, strict=True)
+    ]
+    np.testing.assert_allclose(clustering._costs_without(rows, of, own, others), expected)

@@ -451,6 +451,13 @@ def test_what_is_not_finite_reaches_an_edge(candidates, name, mode, bad):
     assert not torch.isfinite(graph.relevance[graph.connection]).all()
 
 
+def test_given_cosines_of_another_device_are_refused():
+    v, u = torch.randn(2, 3, 8)
+    elsewhere = type(pair_cosines(v, u))(*(x.to("meta") for x in pair_cosines(v, u)))
+    with pytest.raises(ValueError, match=r"cosines\.images must be on cpu like the other inputs, got .* meta"):
+        AssociationGraph()(v, u, torch.randn(3, 4, 5), torch.randn(3, 6, 5), cosines=elsewhere)
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_given_cosines_that_are_not_finite_have_no_relevance(bad):
     relevance = distance_relevance(torch.tensor([1.0, bad, 0.0]), 1.0, squared=False, dtype=torch.float32)

@@ -21,6 +21,7 @@ from scipy.sparse.csgraph import maximum_flow
 from torch.utils.data import BatchSampler, DataLoader, SequentialSampler
 
 from hrem_layers import NeighborBatchSampler
+from hrem_layers.sampler import processes
 from hrem_layers.sampler.arrays import random_keys, sort_by
 from hrem_layers.sampler.assignment import Assignment
 from hrem_layers.sampler.batching import arrange
@@ -993,3 +994,29 @@ def test_ten_million_captions(images_per_cluster: int) -> None:
         assert len(np.unique(images)) == len(batch)
         seen[batch] += 1
     assert (seen == 1).all()
+
+
+@pytest.fixture
+def in_group(request, monkeypatch):
+    """Makes torch.distributed say that this is process ``group[1]`` of ``group[0]``, or, with None, that it is none."""
+    group = request.param
+    monkeypatch.setattr(processes, "_in_group", lambda: group is not None)
+    if group is not None:
+        monkeypatch.setattr(processes.dist, "get_world_size", lambda: group[0])
+        monkeypatch.setattr(processes.dist, "get_rank", lambda: group[1])
+
+
+@pytest.mark.parametrize(("in_group", "given", "expected"), [
+    (None, (1, None), (1, 0)), (None, (3, 2), (3, 2)), (None, (None, None), None),
+    ((2, 1), (2, None), (2, 1)), ((2, 1), (1, None), (1, 0)), ((2, 1), (None, 0), (2, 0)), ((2, 1), (3, 2), (3, 2)),
+], indirect=["in_group"])  # fmt: skip
+def test_ranks_that_are_not_given_come_from_the_group(in_group, given, expected):
+    assert processes.check_ranks(*given) == expected
+
+
+@pytest.mark.parametrize(("in_group", "given"), [
+    (None, (2, None)), ((2, 1), (3, None)), (None, (None, 0)), (None, (2, 2)),
+], indirect=["in_group"])  # fmt: skip
+def test_ranks_that_do_not_fit_the_group(in_group, given):
+    with pytest.raises(ValueError, match="num_replicas"):
+        processes.check_ranks(*given)

@@ -44,7 +44,7 @@ FIELDS = ("file", "line", "function", "kind", "mutation", "killed_by", "seconds"
 # part of the package: names of test files; what runs scripts, processes or needs a network is none of them
 COMMON = ("test_checks", "test_golden", "test_mutants*")
 AREAS = {
-    "sampler": ("test_sampler", "test_sampler_orders", "test_clustering", "test_mutants*"),
+    "sampler": ("test_sampler", "test_sampler_orders", "test_clustering", "test_seeding", "test_mutants*"),
     "retrieval": ("test_retrieval*", *COMMON),
     "losses": ("test_streamed_losses", "test_negatives",
                 "test_pair_losses", "test_infonce", "test_sigmoid", "test_triplet", *COMMON),

@@ -101,7 +101,7 @@ def mutants() -> str:
     if open_ones:
         text += ["Survivors that no test kills yet:", "\n".join(open_ones)]
     if same:
-        text += ["Judged to change nothing that can be seen:", "\n".join(same)]
+        text += ["Judged to change nothing that can be seen, in one process at least:", "\n".join(same)]
     return "\n\n".join(text)
 
 
