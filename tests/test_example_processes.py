@@ -152,14 +152,14 @@ def test_the_others_say_that_one_may_have_died(data: Path, tmp_path: Path, kille
 
 
 def test_a_stuck_process_is_given_up_and_ends_too(data: Path, tmp_path: Path) -> None:
-    processes = start_by_hand(*command(data, tmp_path, *LONG, "--step-timeout", "3"))
+    processes = start_by_hand(*command(data, tmp_path, *LONG, "--step-timeout", "15"))
     wait_for_checkpoint(processes[0], tmp_path / "last.pt", epoch=0)
     processes[1].send_signal(signal.SIGSTOP)
     try:
         output = ended(processes[0])[0]
     finally:
         processes[1].send_signal(signal.SIGCONT)
-    assert "rank 0: error: another process did not answer for 3 s: it is stuck, or it may have died" in output
+    assert "rank 0: error: another process did not answer for 15 s: it is stuck, or it may have died" in output
     assert "Traceback" not in output
     assert re.search(r"rank 1: error: .*another process .* it may have died", ended(processes[1])[0])
 
@@ -194,7 +194,7 @@ def test_long_waits_that_are_no_training_step_are_no_failure(data: Path, tmp_pat
     script = changed_script(tmp_path, """
         def slowly(function):
             def wrapper(*arguments, **options):
-                time.sleep(4)
+                time.sleep(8)
                 return function(*arguments, **options)
             return wrapper
 
@@ -204,7 +204,7 @@ def test_long_waits_that_are_no_training_step_are_no_failure(data: Path, tmp_pat
             training.evaluate = slowly(training.evaluate)
             training.make_sampler = slowly(training.make_sampler)
     """)  # fmt: skip
-    options = ("--epochs", "2", "--step-timeout", "2")
+    options = ("--epochs", "2", "--step-timeout", "6")
     for process in start_by_hand(*command(data, tmp_path / "run", *options), script=script):
         finish(process)
     assert len(results(tmp_path / "run")["history"]) == 2
