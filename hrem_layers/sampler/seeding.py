@@ -35,13 +35,17 @@ def plus_plus(rows: Floats, number: int, weights: Floats | None, state: int) -> 
     weighed = np.ones(len(wide)) if weights is None else weights.astype(np.float64)
     lengths = np.einsum("nd,nd->n", wide, wide)
     every = _squared_distances(wide, lengths, np.arange(len(wide))) if len(wide) ** 2 <= _FEW_PAIRS else None
+
+    def distances(of: npt.NDArray[np.intp]) -> npt.NDArray[np.float64]:
+        return _squared_distances(wide, lengths, of) if every is None else every[of]
+
     trials = 2 + int(math.log(number))
     chosen = np.empty(number, np.intp)
     chosen[:1] = _draw(weighed, random.random_sample(1))
-    nearest = _squared_distances(wide, lengths, chosen[:1])[0]
+    nearest = distances(chosen[:1])[0]
     for place in range(1, number):
         drawn = _draw(weighed * nearest, random.random_sample(trials))
-        nearer = _squared_distances(wide, lengths, drawn) if every is None else every[drawn]
+        nearer = distances(drawn)
         np.minimum(nearer, nearest, out=nearer)
         best = int((nearer @ weighed).argmin())
         chosen[place], nearest = drawn[best], nearer[best]
