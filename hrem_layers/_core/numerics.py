@@ -42,7 +42,8 @@ def product_dtype(x: Tensor, y: Tensor) -> tuple[torch.dtype, bool]:
 
 def autocast_off(device: torch.device) -> AbstractContextManager[object]:
     """A context in which ``device`` computes in the dtypes that are given, whatever autocast says outside."""
-    return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
+    off = device.type == "meta" or not torch.is_autocast_enabled(device.type)
+    return nullcontext() if off else torch.autocast(device.type, enabled=False)
 
 
 def l2_normalize(x: Tensor) -> Tensor:

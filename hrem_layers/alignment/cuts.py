@@ -20,9 +20,6 @@ from hrem_layers.alignment.sides import Run, Side, count_widths_and_rows, make_s
 # for the last-level cache. Elsewhere: enough to fill the chip.
 _CPU_TILE, _OTHER_TILE = 2**21, 2**24
 _CPU_TILE_ROWS = 2304
-# A row of a tile begins at a multiple of this many similarities: where rows begin within a cache line, a product on a
-# CPU loses up to 40% of its speed.
-ROW_MULTIPLE = 16
 # A CPU takes so many columns at one time when it reduces over rows; a number of images that is a multiple of it stands
 # place by place.
 _COLUMNS = 32

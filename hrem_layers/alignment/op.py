@@ -1,8 +1,9 @@
 """The alignment as one operator: its value, its derivative and its shapes, opaque to tracing.
 
-Three ways to compute it, chosen here: packed tiles on a CPU, the fused kernel on CUDA where it applies, padded tiles
-elsewhere. Behind an operator, the CPU path may look at the masks (packing costs a look at them), a loop over tiles
-stays a loop and a kernel a kernel, while ``torch.compile`` sees one node with symbolic sizes and a shape rule.
+Four ways to compute it, chosen here: on a CPU compiled kernels where Numba is, else packed tiles; the fused kernel on
+CUDA where it applies; padded tiles elsewhere. Behind an operator, the CPU path may look at the masks (packing costs a
+look at them), a loop over tiles stays a loop and a kernel a kernel, while ``torch.compile`` sees one node with symbolic
+sizes and a shape rule.
 """
 
 from __future__ import annotations
@@ -13,8 +14,10 @@ import torch
 from torch import Tensor
 
 from hrem_layers._core.numerics import autocast_off, compute_dtype
-from hrem_layers.alignment.cuts import ROW_MULTIPLE, Setting
+from hrem_layers.alignment.cpu.launch import compiled_applies, score_all_compiled, score_all_compiled_backward
+from hrem_layers.alignment.cuts import Setting
 from hrem_layers.alignment.gpu.launch import kernel_applies, score_all_fused, score_all_fused_backward
+from hrem_layers.alignment.products import ROW_MULTIPLE
 from hrem_layers.alignment.scores import PairGrads, Scores
 from hrem_layers.alignment.tiles import score_all, score_all_backward
 
@@ -46,10 +49,11 @@ def align_op(
     tensors = image_fragments, text_fragments, image_mask, text_mask
     with autocast_off(image_fragments.device):
         if kernel_applies(image_fragments, text_fragments, dtype):
-            scores = score_all_fused(*tensors, mode=mode, topk=topk, dtype=dtype)
-        else:
-            scores = score_all(*tensors, setting, kept)
-    return (*scores, kept)
+            return *score_all_fused(*tensors, mode=mode, topk=topk, dtype=dtype), kept
+        scores = None
+        if compiled_applies(image_fragments, text_fragments):
+            scores = score_all_compiled(*tensors, setting, kept)
+        return *(score_all(*tensors, setting, kept) if scores is None else scores), kept
 
 
 @align_op.register_fake
@@ -96,7 +100,10 @@ def align_backward_op(
             shapes = _score_shapes(image_fragments, text_fragments, topk)
             grad = Scores(*(kept.new_zeros(s) if x is None else x for x, s in zip(grads, shapes, strict=True)))
             return score_all_fused_backward(*tensors, grad, mode=mode, topk=topk, dtype=dtype)
-        return score_all_backward(*tensors, PairGrads.of(*grads), setting, kept)
+        found = None
+        if compiled_applies(image_fragments, text_fragments):
+            found = score_all_compiled_backward(*tensors, grads, setting, kept)
+        return score_all_backward(*tensors, PairGrads.of(*grads), setting, kept) if found is None else found
 
 
 @align_backward_op.register_fake

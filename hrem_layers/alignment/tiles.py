@@ -11,8 +11,9 @@ from torch import Tensor
 
 from hrem_layers._core.numerics import compute_dtype
 from hrem_layers.alignment.block import activate_, block_backward, block_maxima, block_pool
-from hrem_layers.alignment.cuts import ROW_MULTIPLE, Setting, Tile, image_sides, most_runs, side_of, tiles_of
+from hrem_layers.alignment.cuts import Setting, Tile, image_sides, most_runs, side_of, tiles_of
 from hrem_layers.alignment.pooling import tie_margin
+from hrem_layers.alignment.products import Store, add_product, write_product
 from hrem_layers.alignment.scores import PairGrads, PairScores, Scores
 from hrem_layers.alignment.sides import Run, Side, fragments_grad
 
@@ -35,11 +36,11 @@ def score_all(
     wide = compute_dtype(setting.dtype)
     shapes = (t, i), (t, i), (t, i, k), (t, i, k)
     out = PairScores(*(torch.zeros(shape, dtype=wide, device=kept.device) for shape in shapes))
-    store = _Store(kept, filled=False)
+    store = Store(kept, filled=False)
     for items, images in image_sides(image_fragments, image_mask, texts, t, setting, image_runs):
         part = out.window(slice(0, t), items)
         for tile in tiles_of(images, texts, items.stop - items.start, t, setting):
-            x, _ = store.take(tile)
+            x, _ = _take(store, tile)
             _product(images, texts, tile, x)
             activate_(x, setting.mode)
             best = tile.maxima(x)
@@ -72,63 +73,35 @@ def score_all_backward(
     wide = compute_dtype(setting.dtype)
     grad_images = image_fragments.new_empty(image_fragments.shape)
     grad_texts = torch.zeros_like(texts.rows, dtype=wide)
-    store, scratch = _Store(kept, filled=True), _Store(kept.new_empty(0), filled=False)
+    store, scratch = Store(kept, filled=True), Store(kept.new_empty(0), filled=False)
     for items, images in image_sides(image_fragments, image_mask, texts, t, setting, image_runs):
         part = pair_grad.window(slice(0, t), items).reordered(1, images.order)
         grad_rows = torch.zeros_like(images.rows, dtype=wide)
         for tile in tiles_of(images, texts, items.stop - items.start, t, setting):
-            s, filled = store.take(tile)
+            s, filled = _take(store, tile)
             if not filled:
                 activate_(_product(images, texts, tile, s), setting.mode)
-            grad_x, _ = scratch.take(tile)
+            grad_x, _ = _take(scratch, tile)
             for (text_run, image_run, block), (_, _, place) in zip(tile.blocks(s), tile.blocks(grad_x), strict=True):
                 masks = _mask_of(texts, text_run), _mask_of(images, image_run)
                 window = part.window(text_run.items(), image_run.items())
                 margin = _margin(wide, texts, images, text_run, image_run)
                 block_backward(block, *masks, window, place, mode=setting.mode, margin=margin)
             regions, words = tile.regions(), tile.words()
-            _add_product(grad_rows[regions], grad_x.t(), texts.rows[words])
-            _add_product(grad_texts[words], grad_x, images.rows[regions])
+            add_product(grad_rows[regions], grad_x.t(), texts.rows[words])
+            add_product(grad_texts[words], grad_x, images.rows[regions])
         grad_images[items] = fragments_grad(grad_rows, images, image_fragments[items])
     return grad_images, fragments_grad(grad_texts, texts, text_fragments)
 
 
-class _Store:
-    """Room for the tiles' similarities: first in the buffer that is kept, then in one that is used again."""
-
-    def __init__(self, kept: Tensor, *, filled: bool) -> None:
-        self.kept, self.filled, self.used, self.scratch = kept, filled, 0, kept.new_empty(0)
-
-    def take(self, tile: Tile) -> tuple[Tensor, bool]:
-        """A matrix (words, regions) for ``tile``, and whether it lies in the kept buffer."""
-        words, regions = (s.stop - s.start for s in (tile.words(), tile.regions()))
-        stride = -(-regions // ROW_MULTIPLE) * ROW_MULTIPLE
-        size = words * stride
-        if self.used + size <= self.kept.numel():
-            self.used += size
-            room = self.kept[self.used - size : self.used].view(words, stride)
-            if not self.filled:
-                room[:, regions:].zero_()  # an operator's output is defined in every element
-            return room[:, :regions], True
-        if self.scratch.numel() < size:
-            self.scratch = self.kept.new_empty(size)
-        return self.scratch[:size].view(words, stride)[:, :regions], False
+def _take(store: Store, tile: Tile) -> tuple[Tensor, bool]:
+    regions = tile.regions().stop - tile.regions().start
+    room, filled = store.take(tile.words().stop - tile.words().start, regions)
+    return room[:, :regions], filled
 
 
 def _product(images: Side, texts: Side, tile: Tile, out: Tensor) -> Tensor:
-    """words @ regionsᵀ, written to ``out`` (words, regions)."""
-    words, regions = texts.rows[tile.words()], images.rows[tile.regions()]
-    if words.dtype == out.dtype:
-        return torch.mm(words, regions.t(), out=out)
-    return out.copy_(words @ regions.t())
-
-
-def _add_product(total: Tensor, x: Tensor, y: Tensor) -> None:
-    """total += x @ y; the sum over tiles is kept in the dtype of ``total``."""
-    if y.dtype == total.dtype:
-        torch.addmm(total, x, y, out=total)
-    else:
-        total += x.to(y.dtype) @ y
+    return write_product(texts.rows[tile.words()], images.rows[tile.regions()], out)
 
 
 def _mask_of(side: Side, run: Run) -> Tensor | None:
