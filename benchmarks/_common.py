@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
 import itertools
 import json
 import os
@@ -126,10 +127,18 @@ def where() -> str:
     command = shlex.join(["python", os.path.relpath(sys.argv[0]), *sys.argv[1:]])
     threads = torch.get_num_threads()
     return (
-        f"`{command}`: Python {platform.python_version()}, PyTorch {torch.__version__}, {threads} "
+        f"`{command}`: Python {platform.python_version()}, PyTorch {torch.__version__}, {numba_version()}, {threads} "
         f"thread{'s' * (threads != 1)}, {processor()}, {os.cpu_count()} cores, {platform.system()}; load before "
         f"{LOAD:.1f}; {revision()}."
     )
+
+
+def numba_version() -> str:
+    """Of what compiles the CPU kernels, where they are."""
+    try:
+        return f"Numba {importlib.metadata.version('numba')}"
+    except importlib.metadata.PackageNotFoundError:
+        return "no Numba"
 
 
 LOAD = os.getloadavg()[0]

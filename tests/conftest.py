@@ -9,6 +9,9 @@ import pytest
 import torch
 from hypothesis import settings
 
+from hrem_layers.alignment import op
+from hrem_layers.alignment.cpu import launch
+
 # the same examples on every machine and in every run; --hypothesis-profile=search looks for new ones
 settings.register_profile("repeatable", deadline=None, derandomize=True, database=None)
 settings.register_profile("search", deadline=None)
@@ -46,6 +49,16 @@ def _uninitialized_is_nan() -> Iterator[None]:
     yield
     torch.set_deterministic_debug_mode(mode)
     torch.utils.deterministic.fill_uninitialized_memory = fill
+
+
+@pytest.fixture(params=["compiled", "packed"])
+def cpu_alignment(request, monkeypatch) -> str:
+    """Both ways to align all pairs on a CPU, with Numba and without."""
+    if request.param == "packed":
+        monkeypatch.setattr(op, "compiled_applies", lambda *_: False)
+    elif not launch._has_numba():
+        pytest.skip("needs Numba, of the extra cpu")
+    return request.param
 
 
 @pytest.fixture

@@ -17,6 +17,7 @@ from hrem_layers.alignment.block import _largest
 from hrem_layers.alignment.reference import align_by_loops
 
 MODES = ("scan", "cosine", "dot")
+pytestmark = pytest.mark.usefixtures("cpu_alignment")
 
 
 def fragments(n, width, dim, seed, dtype=torch.float64):

@@ -7,6 +7,7 @@ own: this file, run as a script.
 
 from __future__ import annotations
 
+import math
 import os
 import subprocess
 import sys
@@ -18,7 +19,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hrem_layers.alignment import align_fragments, block, cuts, tiles
+from hrem_layers.alignment import align_fragments, block, cuts, op, tiles
+from hrem_layers.alignment.cpu import launch as cpu
 from hrem_layers.alignment.gpu import launch
 from hrem_layers.alignment.reference import align_by_loops
 from hrem_layers.alignment.scores import PairGrads, Scores
@@ -163,6 +165,7 @@ def test_scores_that_no_gradient_flows_back_from_are_zeros(case, asked):
 
 
 def test_only_what_is_asked_for_is_pooled_back(monkeypatch):
+    monkeypatch.setattr(op, "compiled_applies", lambda *_: False)
     asked = []
     pool_backward = block.pool_backward
     monkeypatch.setattr(
@@ -171,6 +174,139 @@ def test_only_what_is_asked_for_is_pooled_back(monkeypatch):
     images, texts = torch.randn(3, 4, 5, requires_grad=True), torch.randn(3, 6, 5)
     align_fragments(images, texts).mean_t2i.sum().backward()
     assert asked == [[False, True]]
+
+
+def compiled(images, texts, image_mask, text_mask, grad, *, mode, topk, chunk_size=None, kept=0, dtype=None):
+    setting = cuts.Setting(mode, topk, chunk_size, True, dtype or images.dtype)
+    buffer = images.new_full((kept,), torch.nan, dtype=grad[0].dtype)
+    tensors = images, texts, image_mask, text_mask
+    scores = cpu.score_all_compiled(*tensors, setting, buffer)
+    grads = cpu.score_all_compiled_backward(*tensors, grad, setting, buffer)
+    assert not buffer.isnan().any()
+    assert (scores is None) == (grads is None)
+    return None if scores is None else [*scores, *grads]
+
+
+needs_numba = pytest.mark.skipif(not cpu._has_numba(), reason="the compiled kernels need Numba, of the extra cpu")
+
+
+@needs_numba
+@settings(max_examples=150, deadline=None)
+@given(
+    case=cases(5, 7, 5), chunk_size=st.none() | st.integers(1, 20), kept=st.sampled_from([0, 60, 5000]),
+    threads=st.integers(1, 3),
+)  # fmt: skip
+def test_compiled_kernels_are_the_loop(case, chunk_size, kept, threads):
+    tensors, mode, topk = case
+    expected = by_loop(*tensors, mode, topk)
+    with mock.patch.object(cpu, "_LEAST_SHARE", 1), mock.patch.object(torch, "get_num_threads", lambda: threads):
+        got = compiled(*tensors, mode=mode, topk=topk, chunk_size=chunk_size, kept=kept)
+    check(got, expected, 1e-8)
+
+
+def large_case(mode, seed=0, n=70, t=40, r=37, w=9, dim=8):
+    """More images than a chunk has, of several numbers of regions."""
+    g = torch.Generator().manual_seed(seed)
+    images, texts = (torch.randn(a, b, dim, generator=g, dtype=torch.float64) for a, b in ((n, r), (t, w)))
+    masks = [torch.rand(a, b, generator=g) < 0.8 for a, b in ((n, r), (t, w))]
+    shapes = (n, t), (t, n), (n, t, 3), (t, n, 3)
+    return images, texts, *masks, Scores(*(torch.randn(x, generator=g, dtype=torch.float64) for x in shapes))
+
+
+@needs_numba
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("kept", [0, 2**20])
+def test_compiled_kernels_are_the_packed_tiles(monkeypatch, mode, masked, kept):
+    """Also of several chunks and tiles, and of several threads with the same bits as of one."""
+    monkeypatch.setattr(cpu, "_TILE", 2**14)
+    images, texts, image_mask, text_mask, grad = large_case(mode)
+    case = images, texts, image_mask if masked else None, text_mask, grad
+    expected = tiled(*case, mode=mode, topk=3, packed=True, chunk_size=None, kept=0)
+    one = compiled(*case, mode=mode, topk=3, kept=kept)
+    check(one, expected, 1e-12)
+    monkeypatch.setattr(cpu, "_LEAST_SHARE", 1)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    for x, y in zip(compiled(*case, mode=mode, topk=3, kept=kept), one, strict=True):
+        assert torch.equal(x, y)
+
+
+@needs_numba
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_compiled_kernels_in_smaller_dtypes(mode, dtype):
+    images, texts, *masks, grad = large_case(mode, n=9, t=8)
+    case = images.to(dtype), texts.to(dtype), *masks, Scores(*(x.float() for x in grad))
+    for product in {torch.float32, dtype}:
+        got = compiled(*case, mode=mode, topk=3, dtype=product)
+        setting = cuts.Setting(mode, 3, None, True, product)
+        buffer = torch.empty(0)
+        scores = tiles.score_all(*case[:4], setting, buffer)
+        expected = *scores, *tiles.score_all_backward(*case[:4], PairGrads.of(*case[4]), setting, buffer)
+        assert [x.dtype for x in got] == [x.dtype for x in expected]
+        check(got, [x.double() for x in expected], 1e-5 if product == dtype == torch.float32 else 2e-2)
+
+
+@needs_numba
+@pytest.mark.parametrize("length", [1e-30, 1e-19, 1e19, 1e30])
+@pytest.mark.parametrize("mode", ["scan", "cosine"])
+def test_compiled_kernels_normalise_vectors_of_any_length(length, mode):
+    images, texts, *masks, grad = large_case(mode, n=5, t=4)
+    case = images.float(), texts.float(), *masks, Scores(*(x.float() for x in grad))
+    expected = compiled(*case, mode=mode, topk=3)
+    long = images.float()
+    long[2] *= length
+    got = compiled(long, *case[1:], mode=mode, topk=3)
+    expected[4][2] /= length
+    for x, y in zip(got, expected, strict=True):
+        torch.testing.assert_close(x, y, rtol=2e-3, atol=1e-5)
+
+
+@needs_numba
+@pytest.mark.parametrize(
+    ("mode", "side", "value"),
+    [*((mode, side, value) for mode in MODES for side in (0, 1) for value in (math.nan, math.inf)), ("dot", 0, 1e38)],
+)
+def test_what_may_not_be_finite_is_left_to_the_tiles(mode, side, value):
+    """The kernels' maxima do not see NaN. In padding it may stand."""
+    images, texts, *masks, grad = large_case(mode, n=5, t=4)
+    case = [images.float(), texts.float(), *masks, Scores(*(x.float() for x in grad))]
+    case[side][1, 0], case[2 + side][1, 0] = value, True
+    assert compiled(*case, mode=mode, topk=3) is None
+    scores = align_fragments(*case[:4], mode=mode)
+    assert value == 1e38 or not (scores.mean_i2t if side == 0 else scores.mean_t2i)[1].isfinite().any()
+    case[2 + side][1, 0] = False
+    assert all(x.isfinite().all() for x in compiled(*case, mode=mode, topk=3))
+
+
+def without_numba(monkeypatch, find_spec, import_module):
+    monkeypatch.setattr(cpu.importlib.util, "find_spec", find_spec)
+    monkeypatch.setattr(cpu.importlib, "import_module", import_module)
+    return cpu._has_numba.__wrapped__()
+
+
+def test_numba_that_cannot_be_imported_is_named_once(monkeypatch):
+    def fails(name):
+        raise ImportError("Numba needs NumPy 2.3 or less")
+
+    with pytest.warns(RuntimeWarning, match=r"cannot be imported \(Numba needs NumPy 2.3 or less\)"):
+        assert without_numba(monkeypatch, lambda name: object(), fails) is False
+    assert without_numba(monkeypatch, lambda name: None, fails) is False
+
+
+@needs_numba
+def test_a_cache_that_cannot_be_written_to_is_done_without(tmp_path):
+    """The package's folder and the user's may both be read-only, in a container."""
+    script = """
+from unittest import mock
+import numba.core.caching as caching, torch
+with mock.patch.object(caching.CacheImpl, "__init__", side_effect=RuntimeError("no locator available")):
+    from hrem_layers import align_fragments
+    align_fragments(torch.randn(2, 3, 4), torch.randn(2, 3, 4))
+import sys; assert "hrem_layers.alignment.cpu.kernel" in sys.modules
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.skipif(not launch._has_triton(), reason="the kernel's interpreter comes with triton, 3.5 or newer")

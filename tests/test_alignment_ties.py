@@ -13,6 +13,7 @@ from hrem_layers.alignment.candidates import align_candidates
 from hrem_layers.alignment.reference import align_by_loops
 
 MODES = ("scan", "cosine", "dot")
+pytestmark = pytest.mark.usefixtures("cpu_alignment")
 SIZES = [(5, 6), (1, 1), (1, 4), (4, 1), (7, 3)]
 
 

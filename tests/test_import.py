@@ -10,8 +10,9 @@ from importlib.resources import files
 import hrem_layers
 
 HEAVY = {
-    "accelerate", "hypothesis", "joblib", "lightning", "matplotlib", "pandas", "pytest", "pytorch_lightning",
-    "safetensors", "scipy", "sklearn", "tensorboard", "tokenizers", "torchdata", "transformers", "triton",
+    "accelerate", "hypothesis", "joblib", "lightning", "llvmlite", "matplotlib", "numba", "pandas", "pytest",
+    "pytorch_lightning", "safetensors", "scipy", "sklearn", "tensorboard", "tokenizers", "torchdata",
+    "transformers", "triton",
 }  # fmt: skip
 # Time is not measured: on a busy machine it says nothing. What would take time is loading modules.
 MOST_MODULES = 100  # beyond those of torch, NumPy and einops, our own among them
