@@ -279,6 +279,14 @@ def test_what_may_not_be_finite_is_left_to_the_tiles(mode, side, value):
     assert all(x.isfinite().all() for x in compiled(*case, mode=mode, topk=3))
 
 
+@needs_numba
+def test_what_a_half_type_cannot_hold_is_left_to_the_tiles():
+    images, texts, *masks, grad = large_case("dot", n=5, t=4)
+    case = images.float() * 1e5, texts.float() * 1e-5, *masks, Scores(*(x.float() for x in grad))
+    assert compiled(*case, mode="dot", topk=3, dtype=torch.float16) is None
+    assert compiled(*case, mode="dot", topk=3, dtype=torch.float32) is not None
+
+
 def without_numba(monkeypatch, find_spec, import_module):
     monkeypatch.setattr(cpu.importlib.util, "find_spec", find_spec)
     monkeypatch.setattr(cpu.importlib, "import_module", import_module)

@@ -170,9 +170,8 @@ class _Given(NamedTuple):
         normalize, dtype = self.setting.mode != "dot", self.setting.dtype
         rows = make_rows(self.image_fragments, images.source, normalize=normalize, dtype=dtype)
         if rows is not None and rows.lengths is not None and self.text_rows.lengths is not None:
-            with np.errstate(over="ignore"):
-                longest = rows.lengths.max() * self.text_rows.lengths.max(initial=0)
-            if not longest < torch.finfo(dtype).max / 2:
+            longest = float(rows.lengths.max()), float(self.text_rows.lengths.max(initial=0))
+            if not max(*longest, longest[0] * longest[1]) < torch.finfo(dtype).max / 2:  # nor is it in a half type
                 return None
         return rows
 
