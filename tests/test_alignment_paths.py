@@ -232,6 +232,22 @@ def test_compiled_kernels_are_the_packed_tiles(monkeypatch, mode, masked, kept):
 
 
 @needs_numba
+def test_each_thread_gets_its_texts_with_their_rows_and_scales(monkeypatch):
+    monkeypatch.setattr(cpu, "_LEAST_SHARE", 1)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    *tensors, _ = large_case("dot", n=5)
+    given = cpu._Given.of(*tensors, cuts.Setting("dot", 3, None, True, torch.float64))
+    shares = given.shares(slice(0, len(given.texts.texts)), 10**6)
+    assert len(shares) == 3
+    for share in shares:
+        for text, start, stop, scale in zip(share.texts, share.starts[:-1], share.starts[1:], share.scale, strict=True):
+            words = given.text_rows.rows[start:stop]
+            assert torch.equal(words, tensors[1][text][tensors[3][text]])
+            assert scale == pytest.approx(8 * torch.finfo(torch.float64).eps * float(words.norm(dim=1).max()))
+    assert [text for share in shares for text in share.texts] == given.texts.texts.tolist()
+
+
+@needs_numba
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_compiled_kernels_in_smaller_dtypes(mode, dtype):
