@@ -1,8 +1,8 @@
 """Every way to compute the alignment against the formulas written out as loops.
 
-Packed tiles, padded tiles, any chunk, with and without similarities kept for backward, and the fused kernel in Triton's
-interpreter. The interpreter must be chosen before Triton is imported, so the kernel runs in a process of its
-own: this file, run as a script.
+Packed tiles, padded tiles, compiled kernels, any chunk, with and without similarities kept for backward, and the fused
+kernel in Triton's interpreter. The interpreter must be chosen before Triton is imported, so the kernel runs in a process
+of its own: this file, run as a script.
 """
 
 from __future__ import annotations
@@ -260,7 +260,7 @@ def test_compiled_kernels_in_smaller_dtypes(mode, dtype):
         scores = tiles.score_all(*case[:4], setting, buffer)
         expected = *scores, *tiles.score_all_backward(*case[:4], PairGrads.of(*case[4]), setting, buffer)
         assert [x.dtype for x in got] == [x.dtype for x in expected]
-        check(got, [x.double() for x in expected], 1e-5 if product == dtype == torch.float32 else 2e-2)
+        check(got, [x.double() for x in expected], 1e-5 if dtype == torch.float32 else 2e-2)
 
 
 @needs_numba
@@ -319,7 +319,7 @@ def test_numba_that_cannot_be_imported_is_named_once(monkeypatch):
 
 
 @needs_numba
-def test_a_cache_that_cannot_be_written_to_is_done_without(tmp_path):
+def test_a_cache_that_cannot_be_written_to_is_done_without():
     """The package's folder and the user's may both be read-only, in a container."""
     script = """
 from unittest import mock
