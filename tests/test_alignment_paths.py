@@ -1,8 +1,8 @@
 """Every way to compute the alignment against the formulas written out as loops.
 
 Packed tiles, padded tiles, compiled kernels, any chunk, with and without similarities kept for backward, and the fused
-kernel in Triton's interpreter. The interpreter must be chosen before Triton is imported, so the kernel runs in a process
-of its own: this file, run as a script.
+kernel in Triton's interpreter. The interpreter must be chosen before Triton is imported, so the kernel runs in a
+process of its own: this file, run as a script.
 """
 
 from __future__ import annotations
