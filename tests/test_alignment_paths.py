@@ -319,6 +319,24 @@ def test_numba_that_cannot_be_imported_is_named_once(monkeypatch):
 
 
 @needs_numba
+def test_the_kernels_stay_within_their_arrays(tmp_path):
+    """Compiled code checks no index unless asked to: a row of a tile is longer than its columns, to begin with."""
+    script = """
+import itertools, torch
+from hrem_layers import align_fragments
+def some(n, masked): return torch.rand(n) < 0.6 if masked else None
+sizes = (5, 36, 6, 20), (1, 1, 1, 1), (70, 3, 9, 4), (3, 49, 2, 30)
+for mode, (i, r, t, w), masked, k in itertools.product(("cosine", "dot", "scan"), sizes, (False, True), (1, 10)):
+    images, texts = torch.randn(i, r, 12, requires_grad=True), torch.randn(t, w, 12, requires_grad=True)
+    masks = some((i, r), masked), some((t, w), masked)
+    sum(x.sum() for x in align_fragments(images, texts, *masks, mode=mode, topk=k)).backward()
+"""
+    environment = {**os.environ, "NUMBA_BOUNDSCHECK": "1", "NUMBA_CACHE_DIR": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+
+
+@needs_numba
 def test_a_cache_that_cannot_be_written_to_is_done_without():
     """The package's folder and the user's may both be read-only, in a container."""
     script = """

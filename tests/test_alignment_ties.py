@@ -115,7 +115,11 @@ def test_what_differs_by_more_does_not_tie(mode, way):
 def test_neither_the_chunk_nor_the_order_of_the_batch_matters(dtype, what, r, w, mode):
     images, texts = (x.to(dtype) for x in repeated(what, r, w))
     rows, columns = torch.tensor([2, 0, 1]), torch.tensor([3, 1, 0, 2])
-    tolerance = 1e-12 if dtype == torch.float64 else 2e-3 if mode == "scan" else 2e-5  # "scan" divides by small norms
+    if mode == "scan" and dtype == torch.float32:
+        # "scan" divides by the norms of similarities. Of those that nearly vanish, copies come out of a product of
+        # another shape as different as what does not tie; which does so hangs on the processor.
+        images, texts = images.abs(), texts.abs()
+    tolerance = 1e-12 if dtype == torch.float64 else 2e-5
 
     def run(align, images, texts, order_images, order_texts, **options):
         leaves = [x.clone().requires_grad_() for x in (images, texts)]

@@ -14,59 +14,14 @@ to it. They are compiled when first called, for float32 or float64, and what was
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
-from typing import Any, cast
-
-import numba
 import numpy as np
 
 from hrem_layers.alignment.block import LEAKY_SLOPE
 from hrem_layers.alignment.cpu.arguments import Array, ImageColumns, ScoreArrays, TextRows
+from hrem_layers.alignment.cpu.compiling import compiled, larger, smaller
 
 
-def _compiled(**options: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    def compile_later(function: Callable[..., Any]) -> Callable[..., Any]:
-        compiler = functools.partial(numba.njit, nogil=True, error_model="numpy", **options)
-        try:
-            return cast(Callable[..., Any], compiler(cache=True)(function))
-        except RuntimeError:  # neither the package's folder nor the user's can be written to
-            return cast(Callable[..., Any], compiler()(function))
-
-    return compile_later
-
-
-@_compiled(fastmath={"reassoc", "contract"})
-def unit_rows(values: Array, source: Array, least: float, most: float, out: Array, inverse: Array) -> bool:
-    """Writes ``values[source]`` / length to ``out`` and 1 / length to ``inverse``; whether every length² lies between
-    ``least`` and ``most``, which no NaN does. If not, what was written is of no use."""
-    usual = True
-    for row in range(len(out)):
-        given, written = values[source[row]], out[row]
-        square = values.dtype.type(0)
-        for j in range(len(written)):
-            square += given[j] * given[j]
-        usual &= (square > least) & (square < most)
-        scale = values.dtype.type(1) / np.sqrt(square)
-        inverse[row] = scale
-        for j in range(len(written)):
-            written[j] = given[j] * scale
-    return usual
-
-
-@_compiled(fastmath={"reassoc", "contract"})
-def unit_rows_grad(unit: Array, grad: Array, inverse: Array, source: Array, out: Array) -> None:
-    """Of x̂ = x / ‖x‖: writes (g − x̂ <x̂, g>) / ‖x‖ to ``out[source]``."""
-    for row in range(len(unit)):
-        x, g, written = unit[row], grad[row], out[source[row]]
-        along = grad.dtype.type(0)
-        for j in range(len(x)):
-            along += x[j] * g[j]
-        for j in range(len(x)):
-            written[j] = (g[j] - x[j] * along) * inverse[row]
-
-
-@_compiled()
+@compiled()
 def pool_texts(x: Array, images: ImageColumns, scan: bool, least: float, out: ScoreArrays, texts: TextRows) -> None:
     """Writes p and q of the texts, whose words are rows of ``x`` (words, regions), with the images. ``least``: of a
     norm², in mode "scan"."""
@@ -80,7 +35,9 @@ def pool_texts(x: Array, images: ImageColumns, scan: bool, least: float, out: Sc
         w = len(s)
         if scan:
             _norms(s, places, least, per_word, per_region)
-        _maxima(s, places, scan, per_word, per_region, f, g)
+            _scan_maxima(s, places, per_word, per_region, f, g)
+        else:
+            _maxima(s, places, f, g)
         _pool(f, word_places[: w + 1], total, top)
         for b in range(n):
             i = images.images[b]
@@ -95,7 +52,7 @@ def pool_texts(x: Array, images: ImageColumns, scan: bool, least: float, out: Sc
                 out.top_i2t[i, t, j] = top[j, b] if j < images.lengths[b] else 0
 
 
-@_compiled()
+@compiled()
 def pool_texts_grad(
     s: Array, images: ImageColumns, scan: bool, least: float, scores: ScoreArrays, out: Array, texts: TextRows
 ) -> None:
@@ -113,7 +70,9 @@ def pool_texts_grad(
         w = len(x)
         if scan:
             _norms(x, places, least, per_word, per_region)
-        _maxima(x, places, scan, per_word, per_region, f, g)
+            _scan_maxima(x, places, per_word, per_region, f, g)
+        else:
+            _maxima(x, places, f, g)
         k = min(w, scores.top_t2i.shape[2])
         top = np.empty((k, n), s.dtype)
         for b in range(n):
@@ -131,70 +90,121 @@ def pool_texts_grad(
             for j in range(min(images.lengths[b], k)):
                 top[j, b] = scores.top_i2t[i, t, j]
         _pool_grad(g, places, mean, top, margin, spare_g, grad_g)
-        _share(x, places, margin, scan, per_word, per_region, f, g, grad_f, grad_g, spare_f, spare_g)
+        _lower(f, word_places[: w + 1], margin)
+        _lower(g, places, margin)
         if scan:
-            _scan_grad(x, places, margin, per_word, per_region, f, g, grad_f, grad_g, spare_f, spare_g, grad)
+            _scan_share(x, places, per_word, per_region, f, g, grad_f, grad_g, spare_g)
+            _scan_grad(x, places, per_word, per_region, f, g, grad_f, grad_g, spare_f, spare_g, grad)
         else:
-            _grad(x, places, margin, f, g, grad_f, grad_g, grad)
+            _share(x, places, f, g, grad_f, grad_g, spare_g)
+            _grad(x, places, f, g, grad_f, grad_g, grad)
 
 
-@_compiled()
+@compiled()
+def _places_at_once(places: Array) -> int:
+    """How many places a loop goes over, for which a word's values are repeated: one if an image has fewer regions than
+    another, else as many as make the loop long enough for vector instructions."""
+    n, m = places[1], len(places) - 1
+    return min(m, max(1, 128 // n)) if places[m] == m * n else 1
+
+
+@compiled()
+def _repeat(values: Array, out: Array) -> None:
+    n = len(values)
+    for start in range(0, len(out), n):
+        part = out[start : start + n]
+        for i in range(n):
+            part[i] = values[i]
+
+
+@compiled()
+def _add_up(repeated: Array, out: Array) -> None:
+    """Adds all repetitions to ``out``."""
+    n = len(out)
+    for start in range(0, len(repeated), n):
+        part = repeated[start : start + n]
+        for i in range(n):
+            out[i] += part[i]
+
+
+@compiled()
 def _norms(s: Array, places: Array, least: float, per_word: Array, per_region: Array) -> None:
     """1 / ‖s‖ of each word over the regions of each image, and of each region over the words; 0 for a square below
     ``least``."""
-    n, zero, one = places[1], s.dtype.type(0), s.dtype.type(1)
+    n, m, step, zero, one = places[1], len(places) - 1, _places_at_once(places), s.dtype.type(0), s.dtype.type(1)
+    wide = np.empty(step * n, s.dtype)
     per_word[: len(s) * n] = 0
     per_region[:] = 0
     for w in range(len(s)):
-        row, words = s[w], per_word[w * n : (w + 1) * n]
-        for p in range(len(places) - 1):
-            values, regions = row[places[p] : places[p + 1]], per_region[places[p] : places[p + 1]]
+        row = s[w, : places[m]]
+        for i in range(len(row)):
+            per_region[i] += row[i] * row[i]
+        wide[:] = 0
+        for p in range(0, m, step):
+            values = row[places[p] : places[min(p + step, m)]]
             for i in range(len(values)):
-                square = values[i] * values[i]
-                words[i] += square
-                regions[i] += square
+                wide[i] += values[i] * values[i]
+        _add_up(wide, per_word[w * n : (w + 1) * n])
     for i in range(len(s) * n):
         per_word[i] = one / np.sqrt(per_word[i]) if per_word[i] > least else zero
     for i in range(len(per_region)):
         per_region[i] = one / np.sqrt(per_region[i]) if per_region[i] > least else zero
 
 
-@_compiled()
-def _maxima(s: Array, places: Array, scan: bool, per_word: Array, per_region: Array, f: Array, g: Array) -> None:
+@compiled()
+def _maxima(s: Array, places: Array, f: Array, g: Array) -> None:
+    """Writes the largest similarity of each word with a region of each image to ``f``, of each region with a word to
+    ``g``."""
     n, m = places[1], len(places) - 1
     f[: len(s) * n] = -np.inf
     g[:] = -np.inf
-    # Where all images have m regions, four strips of places are folded into one first: few images make short loops.
-    strip = m // 4 if places[m] == m * n and not scan else 0
+    # Where all images have m regions, four strips of places are folded into one first, in one long loop.
+    strip = m // 4 if places[m] == m * n else 0
     folded, size = np.empty(strip * n, s.dtype), strip * n
     for w in range(len(s)):
-        row, words, norms = s[w], f[w * n : (w + 1) * n], per_word[w * n : (w + 1) * n]
+        row, words = s[w, : places[m]], f[w * n : (w + 1) * n]
+        for i in range(len(row)):
+            g[i] = larger(row[i], g[i])
+        for i in range(len(folded)):
+            folded[i] = larger(
+                larger(row[i], row[size + i]),
+                larger(row[2 * size + i], row[3 * size + i]),
+            )
+        for p in range(strip):
+            values = folded[p * n : (p + 1) * n]
+            for i in range(len(values)):
+                words[i] = larger(values[i], words[i])
         for p in range(4 * strip, m):
-            values, regions = row[places[p] : places[p + 1]], g[places[p] : places[p + 1]]
-            if scan:
-                region_norms = per_region[places[p] : places[p + 1]]
-                for i in range(len(values)):
-                    to_word, to_region = values[i] * region_norms[i], values[i] * norms[i]
-                    words[i] = to_word if to_word > words[i] else words[i]
-                    regions[i] = to_region if to_region > regions[i] else regions[i]
-            else:
-                for i in range(len(values)):
-                    words[i] = values[i] if values[i] > words[i] else words[i]
-                    regions[i] = values[i] if values[i] > regions[i] else regions[i]
-        if strip:
-            for i in range(4 * size):
-                g[i] = row[i] if row[i] > g[i] else g[i]
-            for i in range(size):
-                x = row[i] if row[i] > row[size + i] else row[size + i]
-                y = row[2 * size + i] if row[2 * size + i] > row[3 * size + i] else row[3 * size + i]
-                folded[i] = x if x > y else y
-            for p in range(strip):
-                values = folded[p * n : (p + 1) * n]
-                for i in range(n):
-                    words[i] = values[i] if values[i] > words[i] else words[i]
+            values = row[places[p] : places[p + 1]]
+            for i in range(len(values)):
+                words[i] = larger(values[i], words[i])
 
 
-@_compiled()
+@compiled()
+def _scan_maxima(s: Array, places: Array, per_word: Array, per_region: Array, f: Array, g: Array) -> None:
+    """:func:`_maxima` of s / ‖s‖."""
+    n, m, step = places[1], len(places) - 1, _places_at_once(places)
+    wide, norms = np.empty(step * n, s.dtype), np.empty(step * n, s.dtype)
+    f[: len(s) * n] = -np.inf
+    g[:] = -np.inf
+    for w in range(len(s)):
+        _repeat(per_word[w * n : (w + 1) * n], norms)
+        wide[:] = -np.inf
+        for p in range(0, m, step):
+            first, last = places[p], places[min(p + step, m)]
+            values, regions, region_norms = s[w, first:last], g[first:last], per_region[first:last]
+            for i in range(len(values)):
+                regions[i] = larger(values[i] * norms[i], regions[i])
+            for i in range(len(values)):
+                wide[i] = larger(values[i] * region_norms[i], wide[i])
+        words = f[w * n : (w + 1) * n]
+        for start in range(0, len(wide), n):
+            part = wide[start : start + n]
+            for i in range(n):
+                words[i] = larger(part[i], words[i])
+
+
+@compiled()
 def _pool(values: Array, places: Array, total: Array, top: Array) -> None:
     """Each column's sum and its largest values in descending order, −inf where there is none. Overwrites ``values``.
 
@@ -211,11 +221,11 @@ def _pool(values: Array, places: Array, total: Array, top: Array) -> None:
             stays = top[j]
             for i in range(len(falling)):
                 x, y = stays[i], falling[i]
-                stays[i] = x if x > y else y
-                falling[i] = y if x > y else x
+                stays[i] = larger(x, y)
+                falling[i] = smaller(x, y)
 
 
-@_compiled()
+@compiled()
 def _pool_grad(
     values: Array, places: Array, mean: Array, grad_top: Array, margin: Array, spare: Array, grad: Array
 ) -> None:
@@ -246,43 +256,87 @@ def _pool_grad(
                 written[i] += part[i] if abs(value[i] - largest[i]) <= margin[i] else zero
 
 
-@_compiled()
-def _share(
-    s: Array, places: Array, margin: Array, scan: bool, per_word: Array, per_region: Array, f: Array, g: Array,
-    grad_f: Array, grad_g: Array, count_f: Array, count_g: Array,
-) -> None:  # fmt: skip
-    """Divides the gradient of each maximum by the number of similarities that are it or tie with it."""
-    n, zero, one = places[1], s.dtype.type(0), s.dtype.type(1)
-    count_f[: len(s) * n] = 0
+@compiled()
+def _lower(values: Array, places: Array, margin: Array) -> None:
+    """Makes of each maximum the least value that ties with it."""
+    for p in range(len(places) - 1):
+        value = values[places[p] : places[p + 1]]
+        for i in range(len(value)):
+            value[i] -= margin[i]
+
+
+@compiled()
+def _share(s: Array, places: Array, f: Array, g: Array, grad_f: Array, grad_g: Array, count_g: Array) -> None:
+    """Divides the gradient of each maximum by the number of similarities that are it or tie with it: that are at least
+    ``f`` or ``g``."""
+    n, m, step = places[1], len(places) - 1, _places_at_once(places)
+    zero, one = s.dtype.type(0), s.dtype.type(1)
+    least, count, counts = np.empty(n * step, s.dtype), np.empty(n * step, s.dtype), np.empty(n, s.dtype)
     count_g[:] = 0
     for w in range(len(s)):
-        row, words, norms = s[w], f[w * n : (w + 1) * n], per_word[w * n : (w + 1) * n]
-        counts = count_f[w * n : (w + 1) * n]
-        for p in range(len(places) - 1):
-            first, last = places[p], places[p + 1]
-            values, regions, region_counts = row[first:last], g[first:last], count_g[first:last]
-            if scan:
-                region_norms = per_region[first:last]
-                for i in range(len(values)):
-                    counts[i] += one if values[i] * region_norms[i] >= words[i] - margin[i] else zero
-                    region_counts[i] += one if values[i] * norms[i] >= regions[i] - margin[i] else zero
-            else:
-                for i in range(len(values)):
-                    counts[i] += one if values[i] >= words[i] - margin[i] else zero
-                    region_counts[i] += one if values[i] >= regions[i] - margin[i] else zero
-    for i in range(len(s) * n):
-        grad_f[i] /= count_f[i]
+        row, grad_words = s[w, : places[m]], grad_f[w * n : (w + 1) * n]
+        for i in range(len(row)):
+            count_g[i] += one if row[i] >= g[i] else zero
+        _repeat(f[w * n : (w + 1) * n], least)
+        count[:] = 0
+        for p in range(0, m, step):
+            values = row[places[p] : places[min(p + step, m)]]
+            for i in range(len(values)):
+                count[i] += one if values[i] >= least[i] else zero
+        counts[:] = 0
+        _add_up(count, counts)
+        for i in range(n):
+            grad_words[i] /= counts[i]
     for i in range(len(g)):
         grad_g[i] /= count_g[i]
 
 
-@_compiled()
-def _grad(s: Array, places: Array, margin: Array, f: Array, g: Array, grad_f: Array, grad_g: Array, out: Array) -> None:
-    n, zero = places[1], s.dtype.type(0)
+@compiled()
+def _scan_share(
+    s: Array, places: Array, per_word: Array, per_region: Array, f: Array, g: Array, grad_f: Array, grad_g: Array,
+    count_g: Array,
+) -> None:  # fmt: skip
+    """:func:`_share` with the maxima of s / ‖s‖."""
+    n, m, step = places[1], len(places) - 1, _places_at_once(places)
+    zero, one = s.dtype.type(0), s.dtype.type(1)
+    least, count, counts = np.empty(n * step, s.dtype), np.empty(n * step, s.dtype), np.empty(n, s.dtype)
+    norms = np.empty(n * step, s.dtype)
+    count_g[:] = 0
     for w in range(len(s)):
-        words, grad_words = f[w * n : (w + 1) * n], grad_f[w * n : (w + 1) * n]
-        for p in range(len(places) - 1):
-            first, last = places[p], places[p + 1]
+        a, b = w * n, (w + 1) * n
+        grad_words = grad_f[a:b]
+        _repeat(f[a:b], least)
+        _repeat(per_word[a:b], norms)
+        count[:] = 0
+        for p in range(0, m, step):
+            first, last = places[p], places[min(p + step, m)]
+            values, norms_here, regions, region_counts = (
+                s[w, first:last],
+                per_region[first:last],
+                g[first:last],
+                count_g[first:last],
+            )
+            for i in range(len(values)):
+                count[i] += one if values[i] * norms_here[i] >= least[i] else zero
+            for i in range(len(values)):
+                region_counts[i] += one if values[i] * norms[i] >= regions[i] else zero
+        counts[:] = 0
+        _add_up(count, counts)
+        for i in range(n):
+            grad_words[i] /= counts[i]
+    for i in range(len(g)):
+        grad_g[i] /= count_g[i]
+
+
+@compiled()
+def _grad(s: Array, places: Array, f: Array, g: Array, grad_f: Array, grad_g: Array, out: Array) -> None:
+    n, m, step, zero = places[1], len(places) - 1, _places_at_once(places), s.dtype.type(0)
+    least, grad_words = np.empty(n * step, s.dtype), np.empty(n * step, s.dtype)
+    for w in range(len(s)):
+        _repeat(f[w * n : (w + 1) * n], least)
+        _repeat(grad_f[w * n : (w + 1) * n], grad_words)
+        for p in range(0, m, step):
+            first, last = places[p], places[min(p + step, m)]
             values, written, regions, grad_regions = (
                 s[w, first:last],
                 out[w, first:last],
@@ -290,40 +344,53 @@ def _grad(s: Array, places: Array, margin: Array, f: Array, g: Array, grad_f: Ar
                 grad_g[first:last],
             )
             for i in range(len(values)):
-                to_word = grad_words[i] if values[i] >= words[i] - margin[i] else zero
-                to_region = grad_regions[i] if values[i] >= regions[i] - margin[i] else zero
+                to_word = grad_words[i] if values[i] >= least[i] else zero
+                to_region = grad_regions[i] if values[i] >= regions[i] else zero
                 written[i] = to_word + to_region
 
 
-@_compiled()
+@compiled()
 def _scan_grad(
-    s: Array, places: Array, margin: Array, per_word: Array, per_region: Array, f: Array, g: Array,
-    grad_f: Array, grad_g: Array, along_words: Array, along_regions: Array, out: Array,
+    s: Array, places: Array, per_word: Array, per_region: Array, f: Array, g: Array, grad_f: Array, grad_g: Array,
+    along_words: Array, along_regions: Array, out: Array,
 ) -> None:  # fmt: skip
     """d(s / ‖s‖) = (g − a <g, a>) / ‖s‖ in both directions, then LeakyReLU, whose s > 0 exactly where x > 0."""
-    n, zero, slope = places[1], s.dtype.type(0), s.dtype.type(LEAKY_SLOPE)
+    n, m, step = places[1], len(places) - 1, _places_at_once(places)
+    zero, slope = s.dtype.type(0), s.dtype.type(LEAKY_SLOPE)
+    least, grad_words, norms = np.empty(n * step, s.dtype), np.empty(n * step, s.dtype), np.empty(n * step, s.dtype)
+    along = np.empty(n * step, s.dtype)
     along_words[: len(s) * n] = 0
     along_regions[:] = 0
-    for turn in range(2):
-        for w in range(len(s)):
-            a, b = w * n, (w + 1) * n
-            words, grad_words, norms, along = f[a:b], grad_f[a:b], per_word[a:b], along_words[a:b]
-            for p in range(len(places) - 1):
-                first, last = places[p], places[p + 1]
-                values, written, region_norms = s[w, first:last], out[w, first:last], per_region[first:last]
-                regions, grad_regions, region_along = g[first:last], grad_g[first:last], along_regions[first:last]
-                if turn == 0:
-                    for i in range(len(values)):
-                        to_word = grad_words[i] if values[i] * region_norms[i] >= words[i] - margin[i] else zero
-                        to_region = grad_regions[i] if values[i] * norms[i] >= regions[i] - margin[i] else zero
-                        region_along[i] += to_word * words[i]
-                        along[i] += to_region * regions[i]
-                else:
-                    for i in range(len(values)):
-                        to_word = grad_words[i] if values[i] * region_norms[i] >= words[i] - margin[i] else zero
-                        to_region = grad_regions[i] if values[i] * norms[i] >= regions[i] - margin[i] else zero
-                        grad_s = to_word * region_norms[i] + to_region * norms[i]
-                        grad_s -= values[i] * (
-                            region_along[i] * region_norms[i] * region_norms[i] + along[i] * norms[i] * norms[i]
-                        )
-                        written[i] = grad_s if values[i] > zero else grad_s * slope
+    for w in range(len(s)):  # g / ‖s‖ and <g, a>
+        a, b = w * n, (w + 1) * n
+        _repeat(f[a:b], least)
+        _repeat(grad_f[a:b], grad_words)
+        _repeat(per_word[a:b], norms)
+        along[:] = 0
+        for p in range(0, m, step):
+            first, last = places[p], places[min(p + step, m)]
+            values, written, norms_here = s[w, first:last], out[w, first:last], per_region[first:last]
+            regions, grad_regions, along_here = g[first:last], grad_g[first:last], along_regions[first:last]
+            for i in range(len(values)):
+                x = values[i] * norms_here[i]
+                to_word = grad_words[i] if x >= least[i] else zero
+                along_here[i] += to_word * x
+                written[i] = to_word * norms_here[i]
+            for i in range(len(values)):
+                x = values[i] * norms[i]
+                to_region = grad_regions[i] if x >= regions[i] else zero
+                along[i] += to_region * x
+                written[i] += to_region * norms[i]
+        _add_up(along, along_words[a:b])
+    for i in range(len(s) * n):
+        along_words[i] *= per_word[i] * per_word[i]
+    for i in range(len(g)):
+        along_regions[i] *= per_region[i] * per_region[i]
+    for w in range(len(s)):
+        _repeat(along_words[w * n : (w + 1) * n], along)
+        for p in range(0, m, step):
+            first, last = places[p], places[min(p + step, m)]
+            values, written, along_here = s[w, first:last], out[w, first:last], along_regions[first:last]
+            for i in range(len(values)):
+                grad_s = written[i] - values[i] * (along[i] + along_here[i])
+                written[i] = grad_s if values[i] > zero else grad_s * slope

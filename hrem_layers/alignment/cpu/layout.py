@@ -87,7 +87,7 @@ def cut_evenly(n: int, most: int) -> list[slice]:
 
 def make_rows(fragments: Tensor, source: Array, *, normalize: bool, dtype: torch.dtype) -> Rows | None:
     """Rows in ``dtype``; None if one of them is not finite."""
-    from hrem_layers.alignment.cpu.kernel import unit_rows as usual_unit_rows
+    from hrem_layers.alignment.cpu.unit_rows import unit_rows as usual_unit_rows
 
     flat = fragments.detach().reshape(-1, fragments.shape[-1])
     if not normalize:
@@ -107,7 +107,7 @@ def make_rows(fragments: Tensor, source: Array, *, normalize: bool, dtype: torch
 
 def rows_grad(grad: Tensor, rows: Rows, source: Array, out: Tensor) -> None:
     """Writes the gradient of rows to ``out`` (n, width, d), where they came from; both in float32 or better."""
-    from hrem_layers.alignment.cpu.kernel import unit_rows_grad
+    from hrem_layers.alignment.cpu.unit_rows import unit_rows_grad
 
     if rows.inverse_norm is None:
         out.flatten(0, 1).index_copy_(0, torch.from_numpy(source), grad)
