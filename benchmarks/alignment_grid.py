@@ -44,7 +44,7 @@ def main() -> None:
             shortest, _, longest = words.partition("-")
             batch = make_batch(n, r, int(shortest), int(longest or shortest), dim)
             large = n >= 512  # seconds to minutes each: the better of two, the first of which warms up
-            rounds = 2 if large else arguments.repeats * max(1, 256 // n)  # the shorter, the more a disturbance weighs
+            rounds = 2 if large else arguments.repeats * max(1, 512 // n)  # the shorter, the more a disturbance weighs
             timings = time_in_turn(
                 {
                     "matmul": yardstick(batch),
@@ -62,7 +62,7 @@ def main() -> None:
     section(
         "Alignment over a grid of sizes",
         f"Forward, time over that of the bare product of real words by real regions, best of "
-        f"{arguments.repeats} each (four times as many at N = 64, twice at N = 128, two from N = 512 on):",
+        f"{arguments.repeats} each (eight times as many at N = 64, four times at N = 128, twice at N = 256, two from N = 512 on):",
         table(["W", "R", "D", *(f"N = {n}" for n in arguments.sizes)], rows),
         f"The largest is {worst:.2f}.",
     )

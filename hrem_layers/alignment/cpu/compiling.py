@@ -12,7 +12,11 @@ from numba.extending import intrinsic
 
 def compiled(**options: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """The function compiled when first called, without Python's lock; what was compiled is kept in a cache on disk if
-    there is a place for it."""
+    there is a place for it.
+
+    The cache holds what a function calls too, and is out of date if the function's own file changes: kernels that call
+    one another stand in one file for that reason. After a change to :func:`larger` or :func:`smaller` delete it.
+    """
 
     def compile_later(function: Callable[..., Any]) -> Callable[..., Any]:
         compiler = functools.partial(numba.njit, nogil=True, error_model="numpy", **options)
