@@ -62,7 +62,8 @@ def main() -> None:
     section(
         "Alignment over a grid of sizes",
         f"Forward, time over that of the bare product of real words by real regions, best of "
-        f"{arguments.repeats} each (eight times as many at N = 64, four times at N = 128, twice at N = 256, two from N = 512 on):",
+        f"{arguments.repeats} each (eight times as many at N = 64, four times at N = 128, twice at N = 256, two from "
+        "N = 512 on):",
         table(["W", "R", "D", *(f"N = {n}" for n in arguments.sizes)], rows),
         f"The largest is {worst:.2f}.",
     )
