@@ -17,6 +17,7 @@ from hrem_layers import (
     align_fragments,
 )
 from hrem_layers.relations import check_any_graph, check_graph
+from hrem_layers.relations.neighbors import _settle
 
 D, F = 16, 8
 
@@ -139,3 +140,9 @@ def test_excluded_positives_hold_in_the_loss_with_candidates() -> None:
 def test_fragments_of_no_width_are_refused(regions: int, words: int, dim: int) -> None:
     with pytest.raises(ValueError, match=f"got R = {regions}, W = {words} and D = {dim}"):
         align_fragments(torch.zeros(2, regions, dim), torch.zeros(2, words, dim))
+
+
+def test_what_is_apart_by_just_the_tolerance_ties() -> None:
+    """And goes to the smaller number, not to what is larger by rounding."""
+    similarity, last = torch.tensor([[1.0, 1 + 2.0**-10]]), torch.tensor([[1.0]])
+    assert _settle(similarity, last, 2.0**-10, torch.arange(2, dtype=torch.int32), 1).tolist() == [[0]]

@@ -19,6 +19,7 @@ from hrem_layers.losses import (
     info_nce_loss,
     sigmoid_loss,
 )
+from hrem_layers.losses.negatives import check_weight_options
 
 EYE = torch.eye(3, dtype=torch.bool)
 LARGEST = torch.finfo(torch.float32).max
@@ -122,3 +123,9 @@ def test_which_dtypes_a_layer_takes_under_autocast(weights, x, autocast, message
         else:
             with pytest.raises(TypeError, match=message):
                 layer(x)
+
+
+def test_embeddings_on_a_circle_are_the_narrowest_with_weights():
+    check_weight_options(cutoff=0.5, nonzero_cutoff=1.4, weight_dim=2)
+    with pytest.raises(ValueError, match="weight_dim must be at least 2, got 1"):
+        check_weight_options(cutoff=0.5, nonzero_cutoff=1.4, weight_dim=1)

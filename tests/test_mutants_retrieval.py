@@ -9,7 +9,7 @@ import torch
 from hrem_layers import retrieval_metrics, retrieval_metrics_from_similarity
 from hrem_layers.losses import triplet_loss
 from hrem_layers.retrieval.matching import repeated_rows
-from hrem_layers.retrieval.screening import FIXED_POINT_ONE, error_bound
+from hrem_layers.retrieval.screening import FIXED_POINT_ONE, error_bound, float32_is_exact_enough
 
 
 def test_a_negative_number_of_captions_is_named_wherever_it_stands() -> None:
@@ -81,3 +81,9 @@ def test_an_image_of_no_captions_is_an_error_or_a_distractor() -> None:
     with pytest.raises(ValueError, match="captions_per_image: 1 of 2 images have no text"):
         retrieval_metrics(images, texts, captions_per_image=[0, 3])
     assert retrieval_metrics(images, texts, captions_per_image=[0, 3], unmatched="distractor").i2t.num_queries == 1
+
+
+def test_a_cpu_multiplies_float32_as_such_unless_told_otherwise() -> None:
+    """Where it does not, all is multiplied in float64, with the same result and in more time."""
+    assert torch.get_float32_matmul_precision() == "highest"
+    assert float32_is_exact_enough(torch.randn(3, 4))

@@ -32,9 +32,9 @@ from hrem_layers.alignment.cuts import Setting
 from hrem_layers.alignment.products import Store, add_product, write_product
 from hrem_layers.alignment.scores import Scores
 
-# Images of a chunk: enough for long vectorised loops. And similarities of a tile (8 MB of float32), for as many texts
-# as an efficient product likes.
-_IMAGES, _TILE = 64, 2**21
+# Images of a chunk: enough for long vectorised loops. And similarities of a tile (12 MB of float32), for as many texts
+# as an efficient product likes: each product makes a copy of the images' rows for itself.
+_IMAGES, _TILE = 64, 3 * 2**20
 # Similarities of a thread's share: fewer are done before a thread has begun.
 _LEAST_SHARE = 2**18
 
@@ -185,7 +185,8 @@ class _Given(NamedTuple):
         return slice(int(self.texts.starts[tile.start]), int(self.texts.starts[tile.stop]))
 
     def words(self, tile: slice) -> int:
-        return len(self.text_rows.rows[self.rows(tile)])
+        rows = self.rows(tile)
+        return rows.stop - rows.start
 
     def multiply(self, tile: slice, images: Rows, out: Tensor) -> None:
         """Writes s."""
