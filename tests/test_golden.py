@@ -156,7 +156,13 @@ def test_whole_loss(size, dtype):
     for parameters, recorded in zip(ours, theirs, strict=True):
         assert parameters.keys() == recorded.keys()
         for name, parameter in parameters.items():
-            assert_near(parameter.grad, recorded[name], GRADIENT, name)
+            # On the scale of the layer: what a bias adds to all S of a row leaves their softmax as it is, so that much
+            # of its gradient is a sum that cancels.
+            layer = [
+                x.abs().max() for other, x in recorded.items() if other.rpartition(".")[0] == name.rpartition(".")[0]
+            ]
+            tolerance = GRADIENT * max(layer) / recorded[name].abs().max()
+            assert_near(parameter.grad, recorded[name], float(tolerance), name)
 
 
 def test_no_record_is_left_out(size, dtype):
