@@ -32,7 +32,7 @@ def _select(operator: str) -> Callable[..., Any]:
     """x if x ``operator`` y else y, of two numbers of one type that are not NaN.
 
     Written in Python, ``z[i] = x if x > z[i] else z[i]`` becomes a masked store, as nothing is to be written where the
-    condition fails; on AMD's processors a vector of them takes seven times as long as a maximum and a plain store. The
+    condition fails; on AMD's processors it takes several times as long as a maximum and a plain store. The
     promise that there is no NaN, and that 0 may be −0, lets LLVM see the maximum.
     """
 

@@ -128,6 +128,16 @@ def _add_up(repeated: Array, out: Array) -> None:
 
 
 @compiled()
+def _divide(values: Array, repeated: Array) -> None:
+    """By the sum of all repetitions, of which the first becomes that sum."""
+    n = len(values)
+    for start in range(n, len(repeated), n):
+        _add_up(repeated[start : start + n], repeated[:n])
+    for i in range(n):
+        values[i] /= repeated[i]
+
+
+@compiled()
 def _norms(s: Array, places: Array, least: float, per_word: Array, per_region: Array) -> None:
     """1 / ‖s‖ of each word over the regions of each image, and of each region over the words; 0 for a square below
     ``least``."""
@@ -271,7 +281,7 @@ def _share(s: Array, places: Array, f: Array, g: Array, grad_f: Array, grad_g: A
     ``f`` or ``g``."""
     n, m, step = places[1], len(places) - 1, _places_at_once(places)
     zero, one = s.dtype.type(0), s.dtype.type(1)
-    least, count, counts = np.empty(n * step, s.dtype), np.empty(n * step, s.dtype), np.empty(n, s.dtype)
+    least, count = np.empty(n * step, s.dtype), np.empty(n * step, s.dtype)
     count_g[:] = 0
     for w in range(len(s)):
         row, grad_words = s[w, : places[m]], grad_f[w * n : (w + 1) * n]
@@ -283,12 +293,8 @@ def _share(s: Array, places: Array, f: Array, g: Array, grad_f: Array, grad_g: A
             values = row[places[p] : places[min(p + step, m)]]
             for i in range(len(values)):
                 count[i] += one if values[i] >= least[i] else zero
-        counts[:] = 0
-        _add_up(count, counts)
-        for i in range(n):
-            grad_words[i] /= counts[i]
-    for i in range(len(g)):
-        grad_g[i] /= count_g[i]
+        _divide(grad_words, count)
+    _divide(grad_g, count_g)
 
 
 @compiled()
@@ -299,7 +305,7 @@ def _scan_share(
     """:func:`_share` with the maxima of s / ‖s‖."""
     n, m, step = places[1], len(places) - 1, _places_at_once(places)
     zero, one = s.dtype.type(0), s.dtype.type(1)
-    least, count, counts = np.empty(n * step, s.dtype), np.empty(n * step, s.dtype), np.empty(n, s.dtype)
+    least, count = np.empty(n * step, s.dtype), np.empty(n * step, s.dtype)
     norms = np.empty(n * step, s.dtype)
     count_g[:] = 0
     for w in range(len(s)):
@@ -320,12 +326,8 @@ def _scan_share(
                 count[i] += one if values[i] * norms_here[i] >= least[i] else zero
             for i in range(len(values)):
                 region_counts[i] += one if values[i] * norms[i] >= regions[i] else zero
-        counts[:] = 0
-        _add_up(count, counts)
-        for i in range(n):
-            grad_words[i] /= counts[i]
-    for i in range(len(g)):
-        grad_g[i] /= count_g[i]
+        _divide(grad_words, count)
+    _divide(grad_g, count_g)
 
 
 @compiled()
