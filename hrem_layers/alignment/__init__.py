@@ -52,7 +52,7 @@ def align_fragments(
     pairs and give the same numbers whatever its value. On a CPU up to 16.8 million similarities (64 MB in
     float32) are kept for the backward pass; those beyond, and all of them elsewhere, are computed again. With Numba
     (``pip install "hrem-layers[cpu]"``) compiled kernels do on a CPU what follows the products, and take less time
-    (docs/performance.md); they are compiled in the first call, for about ten seconds, and kept on disk. On
+    (docs/performance.md); they are compiled in the first call, for ten to twenty seconds, and kept on disk. On
     CUDA a fused Triton kernel does the work if it can (Triton 3.5 or newer installed, compute capability 8.0 or
     more, R up to 256, W up to 128, not float64); the rest runs as batched PyTorch. Differentiable once (there is
     no double backward).

@@ -54,8 +54,14 @@ def one_if_finite(*tensors: Tensor) -> Tensor:
     A factor of every loss, because a choice among elements hides what it does not choose. As a factor and not a
     summand it also reaches the gradient, which is what a gradient scaler looks at.
     """
-    factor, zero = tensors[0].new_ones(()), tensors[0].new_zeros(())  # tensors: a number would be made one every time
+    return if_finite(1, *tensors)
+
+
+def if_finite(value: float, *tensors: Tensor) -> Tensor:
+    """As :func:`one_if_finite`, times ``value``: a constant factor costs nothing then."""
+    like = tensors[0]
+    factor, zero = like.new_full((), value), like.new_zeros(())  # tensors: a number would be made one every time
     for x in tensors:
         for extreme in torch.aminmax(x.detach()) if x.dim() else (x.detach(),):
             factor = torch.addcmul(factor, extreme, zero)
-    return factor.to(tensors[0].dtype)
+    return factor.to(like.dtype)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from hrem_layers._core.checks import check_bool, check_choice, check_tensor
 from hrem_layers._core.exchange import ALONE, Exchange
-from hrem_layers.losses._pairs import REDUCTIONS, as_bytes, check_constant, check_pairs, one_if_finite
+from hrem_layers.losses._pairs import REDUCTIONS, as_bytes, check_constant, check_pairs, if_finite, one_if_finite
 from hrem_layers.losses._positives import PositiveMatrix, Positives
 from hrem_layers.losses._rows import Ways, is_taken_whole, sum_over_anchors
 from hrem_layers.losses._scale import check_shared, check_temperature, clamp_own, log_of_inverse, scale_of, share
@@ -44,11 +44,11 @@ def info_nce_loss(
 def _of_checked(s: Tensor, positives: Tensor, scale: float | Tensor, reduction: str) -> Tensor:
     row_loss, shared = _with_scale(scale, s)
     if is_taken_whole(s):
-        loss = row_loss.both_ways(s, positives, reduction, *shared)
-    else:
-        ways = _weights(PositiveMatrix(positives), tuple(s.shape), reduction, s)
-        loss = sum_over_anchors(row_loss, s, positives, ways=ways, shared=shared)
-    return loss * one_if_finite(loss)  # which sees all of s
+        total = row_loss.both_ways(s, positives, reduction, *shared)
+        return total * if_finite(-0.5, total)  # which sees all of s
+    ways = _weights(PositiveMatrix(positives), tuple(s.shape), reduction, s)
+    loss = sum_over_anchors(row_loss, s, positives, ways=ways, shared=shared)
+    return loss * one_if_finite(loss)
 
 
 def streamed_info_nce_loss(
@@ -127,14 +127,16 @@ class _RowLoss:
         return value, of_logits.mul_(scale), *of_scale
 
     def both_ways(self, s: Tensor, positives: Tensor, reduction: str, *shared: Tensor) -> Tensor:
-        """The loss over rows and columns of all of s at once: what both need is made once, and nothing transposed."""
+        """−2 times the loss over rows and columns of all of s at once: what both need is made once, and nothing is
+        transposed."""
         logits, flags = s * self._scale(shared), as_bytes(positives).to(s.dtype)
-        terms = []
+        terms: list[Tensor] = []
         for dim in (1, 0):
             count = flags.sum(dim=dim, keepdim=True)
             parts = count * torch.count_nonzero(count) if reduction == "mean" else count
-            terms.append(logits.log_softmax(dim=dim) * (flags / parts.clamp(min=1)))
-        return (terms[0] + terms[1]).sum() * -0.5
+            log_p, share = logits.log_softmax(dim=dim), flags / parts.clamp(min=1)
+            terms.append(torch.addcmul(terms[0], log_p, share) if terms else log_p * share)
+        return terms[-1].sum()
 
     def _scale(self, shared: tuple[Tensor, ...]) -> float | Tensor:
         if self.scale is not None:

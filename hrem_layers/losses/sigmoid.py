@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 from hrem_layers._core.checks import check_bool, check_choice, check_number, check_tensor
 from hrem_layers._core.exchange import ALONE, Exchange
-from hrem_layers.losses._pairs import REDUCTIONS, as_bytes, check_constant, check_pairs, one_if_finite
+from hrem_layers.losses._pairs import REDUCTIONS, as_bytes, check_constant, check_pairs, if_finite
 from hrem_layers.losses._rows import sum_over_anchors
 from hrem_layers.losses._scale import as_number, check_shared, check_temperature, scale_of, share
 from hrem_layers.losses._streamed import open_stream, streamed_dtype, streamed_sum
@@ -50,9 +51,7 @@ def sigmoid_loss(
 def _of_checked(s: Tensor, positives: Tensor, scale: float | Tensor, bias: float | Tensor, reduction: str) -> Tensor:
     row_loss, shared = _with_numbers(scale, bias, s)
     loss = sum_over_anchors(row_loss, s, positives, ways=((),), shared=shared)
-    if reduction == "mean":
-        loss = loss / max(s.shape)
-    return loss * one_if_finite(s, *shared)
+    return loss * if_finite(_weight(s.shape, reduction), s, *shared)
 
 
 def streamed_sigmoid_loss(
@@ -88,7 +87,12 @@ def streamed_sigmoid_loss(
     )  # fmt: skip
     row_loss, shared = _with_numbers(scale, bias, x)
     loss = streamed_sum(row_loss, x, y, plan, ways=((),), shared=shared)
-    return loss / max(x.shape[0], y.shape[0]) if reduction == "mean" else loss
+    return loss * _weight((x.shape[0], y.shape[0]), reduction)
+
+
+def _weight(counts: Sequence[int], reduction: str) -> float:
+    """Of each pair's log σ, for so many images and texts."""
+    return -1 / max(counts) if reduction == "mean" else -1
 
 
 def _with_numbers(scale: float | Tensor, bias: float | Tensor, like: Tensor) -> tuple[_RowLoss, tuple[Tensor, ...]]:
@@ -105,36 +109,37 @@ def _with_numbers(scale: float | Tensor, bias: float | Tensor, like: Tensor) -> 
 
 
 class _RowLoss:
-    """The sum over rows, and its gradient. None: the rows share it, and gradient flows to it."""
+    """Σ log σ(z (t s + b)) over rows, and its gradient. None: the rows share it, and gradient flows to it."""
 
     def __init__(self, scale: float | None, bias: float | None) -> None:
         self.scale, self.bias = scale, bias
 
     def __call__(self, s: Tensor, positives: Tensor, *shared: Tensor) -> Tensor:
-        return -F.logsigmoid(self._logits(s, shared) * _signs(positives, s.dtype)).sum()
+        return F.logsigmoid(self._signed(s, positives, shared)[0]).sum()
 
     def with_gradients(self, s: Tensor, positives: Tensor, *shared: Tensor) -> tuple[Tensor, ...]:
-        signs = _signs(positives, s.dtype)
-        signed = self._logits(s, shared).mul_(signs)
+        signed, factor = self._signed(s, positives, shared)
         log_p, exponential = torch.ops.aten.log_sigmoid_forward(signed)
-        value = -log_p.sum()
-        of_logits = torch.ops.aten.log_sigmoid_backward(signs.neg_(), signed, exponential)  # −z σ(−z logit)
+        gradient = torch.ops.aten.log_sigmoid_backward(factor, signed, exponential)  # σ(−signed) · factor
+        if not shared:
+            return log_p.sum(), gradient
         of_shared = []
         if self.scale is None:
-            of_shared.append(torch.dot(of_logits.flatten(), s.flatten()))
+            of_shared.append(torch.dot(gradient.flatten(), s.flatten()))
         if self.bias is None:
-            of_shared.append(of_logits.sum())
-        return value, of_logits.mul_(shared[0] if self.scale is None else self.scale), *of_shared
+            of_shared.append(gradient.sum())
+        return log_p.sum(), gradient.mul_(shared[0] if self.scale is None else self.scale), *of_shared
 
-    def _logits(self, s: Tensor, shared: tuple[Tensor, ...]) -> Tensor:
+    def _signed(self, s: Tensor, positives: Tensor, shared: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+        """z (t s + b), and its derivative in s; in t s + b if the rows share t or b."""
+        flags = as_bytes(positives).to(s.dtype)
+        signs = torch.add(flags.new_full((), -1), flags, alpha=2)  # z: 1 for positives, −1 for all other pairs
+        if self.scale is not None and self.bias is not None:
+            factor = signs * self.scale
+            return torch.addcmul(signs.mul_(self.bias), s, factor), factor
         bias = shared[-1] if self.bias is None else s.new_full((), self.bias)
-        return s * shared[0] + bias if self.scale is None else torch.add(bias, s, alpha=self.scale)
-
-
-def _signs(positives: Tensor, dtype: torch.dtype) -> Tensor:
-    """z: 1 for positives, −1 for all other pairs."""
-    flags = as_bytes(positives).to(dtype)
-    return torch.add(flags.new_full((), -1), flags, alpha=2)
+        logits = s * shared[0] + bias if self.scale is None else torch.add(bias, s, alpha=self.scale)
+        return logits * signs, signs
 
 
 class SigmoidLoss(nn.Module):

@@ -19,9 +19,9 @@ from torch import Tensor
 from hrem_layers._core.checks import describe
 
 FIXED_POINT_ONE = 2**26
-# Elements that are worked on at a time: their float64 copies are about as large as a core's own cache. With fewer, what
-# takes the time is the number of calls.
-_PART = 2**17
+# Rows, and their elements, that are worked on at a time: with fewer, what takes the time is the number of calls; with
+# more, their float64 copies leave a core's own cache.
+_ROWS, _PART = 256, 2**18
 # Squares of float64 numbers beyond these over- or underflow; a power of two scales without rounding.
 _LARGE, _SMALL, _SCALE = 2.0**500, 2.0**-400, 2.0**600
 
@@ -97,7 +97,7 @@ def fixed_point(name: str, embedding: Tensor) -> Tensor:
     count, width = embedding.shape
     fixed = torch.empty(embedding.shape, dtype=torch.int32, device=exact_device(embedding))
     finite = torch.empty(count, dtype=torch.bool, device=fixed.device)
-    at_once = max(1, min(count, _PART // width))
+    at_once = max(1, min(count, _ROWS, _PART // width))
     # room for all parts: memory that was never touched costs more than what is written into it
     wide, squares = (torch.empty(at_once, width, dtype=torch.float64, device=fixed.device) for _ in range(2))
     for start in range(0, count, at_once):
