@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import sys
 import tempfile
 import time
@@ -793,6 +794,10 @@ def work(rank: int, world: int, folder: str, names: list[str]) -> None:
             results[name] = traceback.format_exc()
         Path(folder, f"{rank}.json").write_text(json.dumps(results))
     dist.destroy_process_group()
+    sys.stdout.flush()
+    # All is written. The interpreter's own end would now and then abort: gloo's threads may outlive their owner there
+    # ("terminate called without an active exception").
+    os._exit(0)
 
 
 def main() -> None:

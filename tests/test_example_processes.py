@@ -139,7 +139,7 @@ def test_a_death_ends_who_is_in_the_middle_of_long_work(data: Path, tmp_path: Pa
 # ---------------------------------------------------------------------------------------- without a launcher
 
 
-@pytest.mark.parametrize("killed", [0, 1])
+@pytest.mark.parametrize("killed", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_the_others_say_that_one_may_have_died(data: Path, tmp_path: Path, killed: int) -> None:
     processes = start_by_hand(*command(data, tmp_path, *LONG, "--batch-size", "36"), processes=3)
     wait_for_checkpoint(processes[0], tmp_path / "last.pt", epoch=0)

@@ -31,7 +31,13 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_folder(tmp_path_factory.mktemp("precomputed"))
 
 
-@pytest.mark.parametrize("options", [(), ("--sampler", "neighbor", "--mechanism", "standalone", "--num-workers", "1")])
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param((), marks=pytest.mark.slow),
+        ("--sampler", "neighbor", "--mechanism", "standalone", "--num-workers", "1"),
+    ],
+)
 def test_killed_in_mid_epoch_and_resumed_ends_with_the_same_numbers(
     data: Path, tmp_path: Path, options: tuple[str, ...]
 ) -> None:
@@ -157,7 +163,7 @@ def step_losses(folder: Path) -> list[float]:
     return [event.value for event in events.Scalars("loss/total")]
 
 
-@pytest.mark.parametrize("mechanism", ["fusion", "none"])
+@pytest.mark.parametrize("mechanism", ["fusion", pytest.param("none", marks=pytest.mark.slow)])
 def test_two_processes_equal_one(data: Path, tmp_path: Path, mechanism: str) -> None:
     """30 steps, of fusion the last 18 with all terms, up to float32's order of summation."""
     options = ("--epochs", "2", "--dropout", "0", "--negatives", "hardest", "--log-every", "1")

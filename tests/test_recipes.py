@@ -161,7 +161,7 @@ def run_lightning(folder: Path, output: Path, *more: str) -> str:
     return done.stdout
 
 
-@pytest.mark.parametrize("devices", [1, 2])
+@pytest.mark.parametrize("devices", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_lightning(devices: int, tmp_path: Path) -> None:
     folder = write_folder(tmp_path / "data", train=96, test=25, regions=4, repeat=())  # 125 captions: odd
     found = run_lightning(folder, tmp_path / "out", "--devices", str(devices))
