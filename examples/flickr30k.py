@@ -53,6 +53,7 @@ def main(argv: list[str] | None = None) -> None:
         go_on = f"; {run[0].saved}" if run else ""
         sys.exit(f"interrupted: go on with --resume and the same --output-dir{go_on}" if processes.is_main() else 130)
     except Exception as error:
+        interrupt.ignore_workers()  # where one has died others may, and this one's reason would be lost
         reason = explain(error)
         if reason is None:
             raise

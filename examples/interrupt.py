@@ -28,6 +28,12 @@ def ignore() -> None:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
+def ignore_workers() -> None:
+    """From here on no data worker that ends is told of: PyTorch would raise in the middle of whatever comes next."""
+    if threading.current_thread() is threading.main_thread() and hasattr(signal, "SIGCHLD"):
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+
+
 @contextmanager
 def deferred() -> Iterator[None]:
     """A Ctrl-C, or the end of a data worker, takes effect at the end.

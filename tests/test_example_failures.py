@@ -257,6 +257,29 @@ def test_a_killed_worker_is_one_line(data: Path, tmp_path: Path) -> None:
     checkpoint.load(tmp_path / "last.pt")
 
 
+@pytest.mark.skipif(not hasattr(signal, "SIGCHLD"), reason="no news of workers on this system")
+def test_a_second_worker_that_dies_does_not_hide_the_reason(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """PyTorch raises wherever the main process is, also while it explains what happened to the first."""
+
+    def killed(*_: object) -> None:
+        raise RuntimeError("DataLoader worker (pid 1) is killed by signal: Killed. ")
+
+    def explain_late(error: Exception) -> str | None:
+        os.kill(os.getpid(), signal.SIGCHLD)
+        return explain(error)
+
+    monkeypatch.setattr(flickr30k, "train_and_evaluate", killed)
+    monkeypatch.setattr(flickr30k, "explain", explain_late)
+    before = signal.signal(signal.SIGCHLD, killed)
+    try:
+        with pytest.raises(SystemExit, match=r"error: a process that reads the data ended unexpectedly \(Killed\)"):
+            flickr30k.main(command(data, tmp_path))
+    finally:
+        signal.signal(signal.SIGCHLD, before)
+
+
 def cmdline(pid: int) -> str:
     try:
         return Path(f"/proc/{pid}/cmdline").read_text()
