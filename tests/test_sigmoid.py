@@ -18,23 +18,6 @@ from hrem_layers.losses import _rows, sigmoid_loss
 DOUBLE = torch.float64
 
 
-@pytest.mark.parametrize(("scale", "bias"), [(True, False), (False, True), (True, True)])
-def test_chunks_find_the_gradient_of_the_number_that_is_a_tensor(monkeypatch, scale, bias):
-    s, positives = torch.randn(6, 8, dtype=DOUBLE), torch.rand(6, 8) < 0.3
-    numbers = {"scale": 3.0, "bias": -1.0}
-    numbers |= {
-        name: torch.tensor(numbers[name], dtype=DOUBLE, requires_grad=True)
-        for name, given in (("scale", scale), ("bias", bias))
-        if given
-    }
-    leaves = [x for x in numbers.values() if isinstance(x, torch.Tensor)]
-    found = []
-    for elements in (2**40, 11):
-        monkeypatch.setattr(_rows, "CHUNK_ELEMENTS", elements)
-        found.append(torch.autograd.grad(sigmoid_loss(s, positives, **numbers), leaves))
-    torch.testing.assert_close(found[0], found[1], rtol=1e-12, atol=1e-12)
-
-
 def case(n, m, seed, density=0.3):
     g = generator(seed)
     s = (2 * torch.rand(n, m, generator=g, dtype=DOUBLE) - 1).requires_grad_()
@@ -48,6 +31,24 @@ def by_loop(s, positives, scale, bias, reduction):
             z = 1 if positive else -1
             total = total + (1 + (-z * (scale * value + bias)).exp()).log()
     return total / max(s.shape) if reduction == "mean" else total
+
+
+@pytest.mark.parametrize("elements", [2**40, 11], ids=["whole", "in chunks"])
+@pytest.mark.parametrize(("scale", "bias"), [(True, False), (False, True), (True, True), (False, False)])
+def test_numbers_that_are_tensors_are_numbers_with_a_gradient(monkeypatch, elements, scale, bias):
+    monkeypatch.setattr(_rows, "CHUNK_ELEMENTS", elements)
+    s, positives = case(6, 8, 4)
+    numbers = {"scale": 3.0, "bias": -1.0}
+    numbers |= {
+        name: torch.tensor(numbers[name], dtype=DOUBLE, requires_grad=True)
+        for name, given in (("scale", scale), ("bias", bias))
+        if given
+    }
+    leaves = [s, *(x for x in numbers.values() if isinstance(x, torch.Tensor))]
+    actual, expected = sigmoid_loss(s, positives, **numbers), by_loop(s, positives, **numbers, reduction="mean")
+    assert_near(actual, expected, 1e-12)
+    for x, y in zip(*(torch.autograd.grad(loss, leaves) for loss in (actual, expected)), strict=True):
+        assert_near(x, y, 1e-10)
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
