@@ -9,6 +9,7 @@ import os
 import socket
 import subprocess
 import sys
+import tempfile
 from collections import Counter
 from itertools import chain
 from pathlib import Path
@@ -36,8 +37,7 @@ def expected(epoch: int, **options: object) -> Batches:
 @functools.cache
 def run(group: str, folder: Path, world: int = 2) -> list[dict[str, list[Batches]]]:
     """By rank, what each case got: batches by epoch."""
-    folder = folder / f"sampler-{group}"
-    folder.mkdir()
+    folder = Path(tempfile.mkdtemp(prefix=f"sampler-{group}-", dir=folder))  # after a failure it runs again
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
