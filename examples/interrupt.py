@@ -24,8 +24,10 @@ def as_exception() -> None:
 
 
 def ignore() -> None:
+    """From here on no Ctrl-C counts, nor the end of a data worker."""
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGINT, signal.SIG_IGN)
+    ignore_workers()
 
 
 def ignore_workers() -> None:

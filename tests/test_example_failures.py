@@ -24,6 +24,7 @@ for package in ("tqdm", "tensorboard", "matplotlib"):
 
 import checkpoint  # noqa: E402
 import flickr30k  # noqa: E402
+import interrupt  # noqa: E402
 import processes  # noqa: E402
 import retrieval_model  # noqa: E402
 import training  # noqa: E402
@@ -278,6 +279,21 @@ def test_a_second_worker_that_dies_does_not_hide_the_reason(
             flickr30k.main(command(data, tmp_path))
     finally:
         signal.signal(signal.SIGCHLD, before)
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGCHLD"), reason="no news of workers on this system")
+def test_a_worker_that_dies_after_ctrl_c_is_not_told_of() -> None:
+    def killed(*_: object) -> None:
+        raise RuntimeError("DataLoader worker (pid 1) is killed by signal: Killed. ")
+
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGCHLD)}
+    signal.signal(signal.SIGCHLD, killed)
+    try:
+        interrupt.ignore()
+        os.kill(os.getpid(), signal.SIGCHLD)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def cmdline(pid: int) -> str:

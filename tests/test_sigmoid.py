@@ -48,7 +48,7 @@ def test_numbers_that_are_tensors_are_numbers_with_a_gradient(monkeypatch, eleme
     actual, expected = sigmoid_loss(s, positives, **numbers), by_loop(s, positives, **numbers, reduction="mean")
     assert_near(actual, expected, 1e-12)
     for x, y in zip(*(torch.autograd.grad(loss, leaves) for loss in (actual, expected)), strict=True):
-        assert_near(x, y, 1e-10)
+        assert_near(x, y, 1e-12)
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum"])

@@ -78,7 +78,7 @@ def append(path: Path, lines: Iterable[Line]) -> None:
             writer.writerow(COLUMNS)
         for x in lines:
             values = [f"{x.metrics[m]:.3f}" for m in METRICS]
-            seconds = f"{x.seconds:.1f}" if x.seconds >= 1 else f"{x.seconds:.2g}"  # never 0: times are divided by
+            seconds = f"{x.seconds:.3f}"  # no training on a quick machine is 0: times are divided by
             writer.writerow([x.data, x.row, x.seed, x.split, *values, as_json(x.settings), seconds, x.commit])
 
 

@@ -130,13 +130,12 @@ class _RowLoss:
         """−2 times the loss over rows and columns of all of s at once: what both need is made once, and nothing is
         transposed."""
         logits, flags = s * self._scale(shared), as_bytes(positives).to(s.dtype)
-        terms: list[Tensor] = []
+        total = logits.new_zeros(())
         for dim in (1, 0):
             count = flags.sum(dim=dim, keepdim=True)
             parts = count * torch.count_nonzero(count) if reduction == "mean" else count
-            log_p, share = logits.log_softmax(dim=dim), flags / parts.clamp(min=1)
-            terms.append(torch.addcmul(terms[0], log_p, share) if terms else log_p * share)
-        return terms[-1].sum()
+            total = torch.addcmul(total, logits.log_softmax(dim=dim), flags / parts.clamp(min=1))
+        return total.sum()
 
     def _scale(self, shared: tuple[Tensor, ...]) -> float | Tensor:
         if self.scale is not None:

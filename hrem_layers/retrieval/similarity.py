@@ -19,8 +19,8 @@ from torch import Tensor
 from hrem_layers._core.checks import describe
 
 FIXED_POINT_ONE = 2**26
-# Rows, and their elements, that are worked on at a time: with fewer, what takes the time is the number of calls; with
-# more, their float64 copies leave a core's own cache.
+# Rows, and their elements, that are worked on at a time at the most: with fewer, what takes the time is the number of
+# calls; with more, their float64 copies leave a core's own cache.
 _ROWS, _PART = 256, 2**18
 # Squares of float64 numbers beyond these over- or underflow; a power of two scales without rounding.
 _LARGE, _SMALL, _SCALE = 2.0**500, 2.0**-400, 2.0**600
@@ -52,7 +52,7 @@ class Cosines(NamedTuple):
 
     def pairs(self, rows: Tensor, columns: Tensor) -> Tensor:
         """(p,): image ``rows[i]`` with text ``columns[i]``."""
-        at_once = max(1, _PART // self.images.shape[1])
+        at_once = _rows_at_once(self.images.shape[1])
         return torch.cat([
             self.images.index_select(0, i).double().mul_(self.texts.index_select(0, j)).sum(dim=1)
             for i, j in zip(torch.split(rows, at_once), torch.split(columns, at_once), strict=True)
@@ -97,7 +97,7 @@ def fixed_point(name: str, embedding: Tensor) -> Tensor:
     count, width = embedding.shape
     fixed = torch.empty(embedding.shape, dtype=torch.int32, device=exact_device(embedding))
     finite = torch.empty(count, dtype=torch.bool, device=fixed.device)
-    at_once = max(1, min(count, _ROWS, _PART // width))
+    at_once = min(count, _rows_at_once(width))
     # room for all parts: memory that was never touched costs more than what is written into it
     wide, squares = (torch.empty(at_once, width, dtype=torch.float64, device=fixed.device) for _ in range(2))
     for start in range(0, count, at_once):
@@ -114,6 +114,10 @@ def fixed_point(name: str, embedding: Tensor) -> Tensor:
             f"{name} must be finite, row {int(bad[0])} is not ({len(bad)} of {count} rows), got {describe(embedding)}"
         )
     return fixed
+
+
+def _rows_at_once(width: int) -> int:
+    return max(1, min(_ROWS, _PART // width))
 
 
 def _scaled(part: Tensor) -> Tensor:
